@@ -1,0 +1,138 @@
+"""Claims of the paper and questions of its readers, and the verdict each one ends in."""
+
+import json
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from kure_lib import paths
+from kure_lib.paths import KureError
+
+OUTCOMES = ("holds", "partly", "fails", "not tested")
+BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement to be judged: its source, what would refute (or answer) it, the notebooks that judge it."""
+
+    id: str
+    source: str
+    statement: str
+    refuted_by: str
+    notebooks: tuple[str, ...]
+
+
+@cache
+def claims() -> dict[str, Claim]:
+    """Every claim and question by its id, in the order of `claims.toml`.
+
+    >>> claims()["S3"].notebooks
+    ('06_step_size_robustness',)
+    """
+    text = Path(__file__).with_name("claims.toml").read_text(encoding="utf-8")
+    return {
+        id: Claim(id=id, **{**fields, "notebooks": tuple(fields["notebooks"])})
+        for id, fields in tomllib.loads(text).items()
+    }
+
+
+def record(id: str, outcome: str, evidence: str, notebook: str | None = None) -> None:
+    """Write the verdict on a claim and print it; in check mode compare it with the committed verdict.
+
+    `outcome` is one of `OUTCOMES`, `evidence` one sentence with computed numbers. `notebook` (its stem) is
+    needed only where several notebooks judge a claim: each adds its part, and if parts differ the claim holds
+    `partly`. Raises `KureError` on an unknown id, outcome or notebook, or without evidence.
+    """
+    _require("claim", id, claims())
+    _require("outcome", outcome, OUTCOMES)
+    claim = claims()[id]
+    if not evidence.strip():
+        raise KureError(f"The verdict on {id} has no evidence: give one sentence with the computed numbers.")
+    if notebook is None and len(claim.notebooks) > 1:
+        raise KureError(f"{id} is judged in {', '.join(claim.notebooks)}: say which with notebook=.")
+    notebook = notebook or claim.notebooks[0]
+    _require(f"notebook of {id}", notebook, claim.notebooks)
+
+    verdict = {"id": id, "outcome": outcome, "evidence": evidence, "notebook": notebook}
+    if len(claim.notebooks) > 1:
+        parts = _read(id).get("parts", {}) | {notebook: {"outcome": outcome, "evidence": evidence}}
+        verdict = _merged(claim, parts)
+    paths.keep(_file(id), json.dumps(verdict, indent=2, ensure_ascii=False) + "\n")
+    print(f"{id} · {outcome} · {evidence}")
+
+
+def scoreboard() -> pd.DataFrame:
+    """One row a claim under the ambient profile; in `notebook`, the stems of several are joined by ", "."""
+    rows = []
+    for claim in claims().values():
+        verdict = {"outcome": "not tested", "evidence": ""} | _read(claim.id)
+        rows.append(verdict | {
+            "id": claim.id, "statement": claim.statement, "notebook": ", ".join(claim.notebooks),
+        })
+    return pd.DataFrame(rows, columns=["id", "statement", "outcome", "evidence", "notebook"])
+
+
+def scoreboard_markdown(folder: str = "notebooks/") -> str:
+    """The scoreboard as Markdown: a line of totals, then a table that links to the notebooks in `folder`."""
+    board = scoreboard()
+    counts = board.outcome.value_counts()
+    totals = ", ".join(f"{outcome} {counts.get(outcome, 0)}" for outcome in OUTCOMES)
+    lines = [f"{len(board)} claims and questions (profile `{paths.profile()}`): {totals}.", ""]
+    lines += ["| id | claim or question | verdict | evidence | notebook |", "| --- | --- | --- | --- | --- |"]
+    for row in board.itertuples():
+        links = " ".join(_link(stem, folder) for stem in row.notebook.split(", "))
+        cells = (row.id, row.statement, f"**{row.outcome}**", row.evidence, links)
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def update_readme(path: Path) -> None:
+    """Replace what stands between the scoreboard markers of a Markdown file, and nothing else in it."""
+    path = Path(path)
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise KureError(f"{path} lacks the lines {BEGIN} and {END}: put them where the scoreboard belongs.")
+    paths.keep(path, f"{before}{BEGIN}\n{scoreboard_markdown()}\n{END}{after}")
+
+
+def _merged(claim: Claim, parts: dict[str, dict[str, str]]) -> dict:
+    """One verdict from the parts of several notebooks, in the claim's order."""
+    parts = {stem: parts[stem] for stem in claim.notebooks if stem in parts}
+    outcomes = {part["outcome"] for part in parts.values()}
+    return {
+        "id": claim.id,
+        "outcome": outcomes.pop() if len(outcomes) == 1 else "partly",
+        "evidence": " ".join(part["evidence"] for part in parts.values()),
+        "notebook": ", ".join(parts),
+        "parts": parts,
+    }
+
+
+def _file(id: str) -> Path:
+    return paths.results() / "verdicts" / f"{id}.json"
+
+
+def _read(id: str) -> dict:
+    """The verdict on disk, or {} if there is none yet."""
+    try:
+        return json.loads(_file(id).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise KureError(f"{_file(id)} is damaged ({error}): delete it and run its notebook again.") from error
+
+
+def _link(stem: str, folder: str) -> str:
+    """The notebook's number, linked if the notebook exists."""
+    exists = (paths.NOTEBOOKS / f"{stem}.ipynb").is_file()
+    return f"[{stem[:2]}]({folder}{stem}.ipynb)" if exists else stem[:2]
+
+
+def _require(kind: str, name: str, allowed) -> None:
+    if name not in allowed:
+        raise KureError(f"Unknown {kind} {name!r}: choose one of {', '.join(allowed)}.")
