@@ -1,0 +1,99 @@
+"""Uniform quantization grids, and the one quantizer that every other module uses.
+
+A grid says which multiples of the step are levels; the step says how far apart they are; the scope
+(per tensor or per channel) is the shape of the step. The three choices are independent.
+
+The literature means three different things by "uniform M-bit quantizer", and several of the paper's
+statements are true on one grid and false on another, so a grid is always named.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kure_lib.paths import KureError
+
+MAX_BITS = 16
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A family of uniform grids, one for each bit-width M: level = (code + offset) · step.
+
+    Codes run from `lowest(M)` to `highest(M)`.
+
+    >>> [(MID_RISE.lowest(2) + k + MID_RISE.offset) for k in range(4)]
+    [-1.5, -0.5, 0.5, 1.5]
+    """
+
+    name: str
+    offset: float
+    signed: bool = True
+    extra_level: bool = False
+
+    def lowest(self, bits: int) -> int:
+        return -(2 ** (bits - 1)) if self.signed else 0
+
+    def highest(self, bits: int) -> int:
+        codes = 2**bits + self.extra_level
+        return self.lowest(bits) + codes - 1
+
+    def outermost(self, bits: int) -> float:
+        """Distance of the highest level from zero, in steps."""
+        return self.highest(bits) + self.offset or 1.0
+
+
+#: 2^M levels, symmetric, none at zero: what the authors' released code uses.
+MID_RISE = Grid("mid_rise", offset=0.5)
+#: 2^M + 1 levels, clipped at ±2^(M−1)Δ: Eq. 1 of the paper, and what its lemmas are about.
+MID_TREAD = Grid("mid_tread", offset=0.0, extra_level=True)
+#: Two's complement, −2^(M−1) … 2^(M−1) − 1: what integer hardware computes with.
+SIGNED_INT = Grid("signed_int", offset=0.0)
+#: 0 … 2^M − 1: activations after a ReLU.
+UNSIGNED = Grid("unsigned", offset=0.0, signed=False)
+
+GRIDS = {grid.name: grid for grid in (MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED)}
+
+
+def grid_named(name: str) -> Grid:
+    """The grid of that name; `KureError` lists the known ones."""
+    if name not in GRIDS:
+        raise KureError(f"Unknown quantization grid '{name}': choose one of {', '.join(GRIDS)}.")
+    return GRIDS[name]
+
+
+def check_bits(bits: int) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
+        raise KureError(f"Cannot quantize to {bits} bits: give a whole number from 1 to {MAX_BITS}.")
+
+
+def levels(bits: int, grid: Grid = MID_RISE) -> Tensor:
+    """All levels of the grid in units of the step, ascending, float64 of shape [levels].
+
+    >>> levels(2, SIGNED_INT).tolist()
+    [-2.0, -1.0, 0.0, 1.0]
+    """
+    check_bits(bits)
+    return torch.arange(grid.lowest(bits), grid.highest(bits) + 1, dtype=torch.float64) + grid.offset
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """Round half to even; the gradient is that of the identity (Bengio et al. 2013)."""
+    return x + (x.round() - x).detach()
+
+
+def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Grid = MID_RISE) -> Tensor:
+    """Q_Δ(x): the nearest level of an M-bit uniform grid of the given step (paper, Eq. 1).
+
+    `x` has any shape; `step` > 0 is a number or a tensor that broadcasts against it (a [C, 1, 1, 1]
+    step quantizes per channel). Gradients are straight-through: 1 inside the clipping range and 0
+    outside for `x`, the quantization error in steps for `step` (the gradient LSQ trains with).
+
+    >>> quantize(torch.tensor([-9.0, 0.2, 0.8]), 1.0, 2).tolist()
+    [-1.5, 0.5, 0.5]
+    """
+    check_bits(bits)
+    step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+    codes = round_straight_through(x * step.reciprocal() - grid.offset)
+    return (codes.clamp(grid.lowest(bits), grid.highest(bits)) + grid.offset) * step

@@ -1,0 +1,145 @@
+"""How the step Δ of a grid is chosen for a tensor, exactly and fast.
+
+The distortion of a tensor is a sum over the cells of the grid of Σx² − 2·level·Σx + level²·n. With the
+tensor sorted once and its prefix sums at hand, each of the three sums is a difference of two look-ups,
+so a step costs as many binary searches as the grid has cells, however large the tensor.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kure_lib.paths import KureError
+from kure_lib.quantizers import MID_RISE, Grid, check_bits, levels
+
+COARSE, FINE = 512, 12  # points of the first scan and of each finer one
+VALLEYS, ROUNDS = 12, 1  # valleys that are followed, and finer scans after the first
+
+
+class EmpiricalDistribution:
+    """A tensor as a distribution: its values sorted, with prefix sums of x and x², in float64.
+
+    Raises `KureError` for an empty tensor and for infinite or NaN values.
+    """
+
+    def __init__(self, x: Tensor):
+        values = np.sort(x.detach().reshape(-1).cpu().numpy())
+        if values.size == 0 or not np.isfinite(values[[0, -1]]).all():
+            raise KureError(f"Cannot choose a step for a tensor of shape {tuple(x.shape)}: "
+                            "it is empty or holds infinite or NaN values.")  # fmt: skip
+        self.values = values
+        self.sums = np.zeros(values.size + 1)
+        self.squares = np.zeros(values.size + 1)
+        np.cumsum(values, dtype=np.float64, out=self.sums[1:])
+        np.cumsum(np.square(values, dtype=np.float64), out=self.squares[1:])
+
+    @property
+    def mean_abs(self) -> float:
+        below_zero = np.searchsorted(self.values, 0)
+        return float((self.sums[-1] - 2 * self.sums[below_zero]) / self.values.size)
+
+    @property
+    def max_abs(self) -> float:
+        return float(max(-self.values[0], self.values[-1]))
+
+    def cells(self, steps: np.ndarray, bits: int, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Levels in units of the step [K], and for each step and cell the count and the sum of x: [S, K] each."""
+        level = levels(bits, grid).numpy()
+        thresholds = steps[:, None] * (level[1:] + level[:-1]) / 2
+        edges = np.searchsorted(self.values, thresholds.astype(self.values.dtype))
+        edges = np.pad(edges, ((0, 0), (1, 1)), constant_values=((0, 0), (0, self.values.size)))
+        return level, np.diff(edges), np.diff(self.sums[edges])
+
+
+def _as_distribution(x: Tensor | EmpiricalDistribution) -> EmpiricalDistribution:
+    return x if isinstance(x, EmpiricalDistribution) else EmpiricalDistribution(x)
+
+
+def mse_curve(x: Tensor | EmpiricalDistribution, steps, bits: int, grid: Grid = MID_RISE) -> Tensor:
+    """MSE(X, Δ) = E[(X − Q_Δ(X))²] at each of the steps: float64 of shape [steps], exact.
+
+    >>> mse_curve(torch.tensor([-0.9, 0.2, 0.5]), [1.0], bits=2).item()
+    0.0833333...
+    """
+    x = _as_distribution(x)
+    steps = np.atleast_1d(np.asarray(steps, dtype=np.float64))
+    level, count, total = x.cells(steps, bits, grid)
+    error = x.squares[-1] - 2 * steps * (total @ level) + steps**2 * (count @ level**2)
+    return torch.from_numpy(np.maximum(error, 0) / x.values.size)
+
+
+def max_abs_step(x: EmpiricalDistribution, bits: int, grid: Grid) -> float:
+    """The step whose outermost level is the largest magnitude: nothing is clipped."""
+    return x.max_abs / grid.outermost(bits)
+
+
+def mse_step(x: EmpiricalDistribution, bits: int, grid: Grid) -> float:
+    """The step of least MSE, the global minimum.
+
+    Between two steps at which some value changes its cell, the MSE is a parabola in Δ. A scan over all
+    useful steps finds the deepest valleys, finer scans follow each of them down, and from there
+    Δ = Σ x·code / Σ code², with the codes of the Δ before, leads to the bottom of the parabola.
+    """
+    widest = 2 * max_abs_step(x, bits, grid)
+    steps = np.geomspace(widest * min(0.1, x.mean_abs / (4 * x.max_abs)), widest, COARSE)[None]
+    for _ in range(1 + ROUNDS):
+        error = mse_curve(x, steps.ravel(), bits, grid).numpy().reshape(steps.shape)
+        low, high = _brackets(steps, error)
+        steps = np.linspace(low, high, FINE, axis=-1)
+    error = mse_curve(x, steps.ravel(), bits, grid).numpy().reshape(steps.shape)
+    step = np.take_along_axis(steps, error.argmin(-1)[:, None], -1)[:, 0]
+    for _ in range(FINE):
+        level, count, total = x.cells(step, bits, grid)
+        step = (total @ level) / np.maximum(count @ level**2, np.finfo(float).tiny)
+    return float(step[mse_curve(x, step, bits, grid).numpy().argmin()])
+
+
+def _brackets(steps: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The neighbours of the lowest point of each scan; of a single scan, of its `VALLEYS` lowest valleys."""
+    if len(steps) == 1:
+        padded = np.pad(error[0], 1, constant_values=np.inf)
+        valleys = np.flatnonzero((padded[1:-1] <= padded[:-2]) & (padded[1:-1] <= padded[2:]))
+        best = valleys[np.argsort(error[0, valleys], kind="stable")[:VALLEYS]]
+        steps = np.repeat(steps, len(best), axis=0)
+    else:
+        best = error.argmin(-1)
+    row = np.arange(len(best))
+    return steps[row, np.maximum(best - 1, 0)], steps[row, np.minimum(best + 1, steps.shape[1] - 1)]
+
+
+METHODS: dict[str, Callable[[EmpiricalDistribution, int, Grid], float]] = {"mse": mse_step, "max_abs": max_abs_step}
+
+
+def best_step(
+    x: Tensor | EmpiricalDistribution, bits: int, grid: Grid = MID_RISE, method: str = "mse", per_channel: bool = False
+) -> Tensor:
+    """The step Δ for a tensor, float32 without dimensions; or for each channel, of shape [C, 1, …, 1].
+
+    `method` is `mse` (least mean squared error, Δ̃ of the paper) or `max_abs` (no clipping). To ask for
+    several bit-widths of one tensor, hand over an `EmpiricalDistribution` of it. Raises `KureError` for an
+    unknown method, and for a tensor that is empty, all zero, or has infinite or NaN values.
+
+    >>> best_step(torch.linspace(-1, 1, 1001), bits=2).item()
+    0.5...
+    """
+    if method not in METHODS:
+        raise KureError(f"Unknown method '{method}' to choose a step: choose one of {', '.join(METHODS)}.")
+    check_bits(bits)
+    if per_channel:
+        steps = [best_step(channel, bits, grid, method) for channel in x]
+        return torch.stack(steps).reshape(-1, *[1] * (x.dim() - 1))
+    x = _as_distribution(x)
+    if x.max_abs == 0:
+        raise KureError("Cannot choose a step for a tensor that is zero everywhere.")
+    return torch.tensor(METHODS[method](x, bits, grid), dtype=torch.float32)
+
+
+def power_of_two(step: Tensor) -> Tensor:
+    """The nearest power of two in log2, so that scaling is a shift (paper, Supp. Table 5).
+
+    >>> power_of_two(torch.tensor([0.9, 0.3])).tolist()
+    [1.0, 0.25]
+    """
+    return torch.exp2(torch.log2(step).round())
