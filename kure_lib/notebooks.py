@@ -12,8 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat
@@ -86,6 +86,24 @@ def execute(
     return destination
 
 
+@contextmanager
+def running(command: list, **options) -> Iterator[subprocess.Popen]:
+    """A process, as of `subprocess.Popen`, that ends with the block, and with it all that it started.
+
+    After Ctrl-C too: a kernel is in a session of its own, where the signal does not reach it.
+    """
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        process.kill()
+        process.wait()
+
+
 def defaults(source: Path) -> dict[str, object]:
     """The names and values in a notebook's cell tagged `parameters`."""
     import papermill  # takes a second to import, which only an execution should cost
@@ -118,25 +136,13 @@ def _papermill(source: Path, partial: Path, changes: Mapping[str, object], timeo
     command += ["--parameters_yaml", json.dumps(changes)] if changes else []
     environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else a warning in the outputs
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            exit_code = process.wait(timeout + GRACE)
-        except subprocess.TimeoutExpired:
-            exit_code = None
-        finally:
-            _end(process)  # after Ctrl-C too, the kernel must not outlive us
+        with running(command, env=environment, stdout=log, stderr=log) as process:
+            try:
+                exit_code = process.wait(timeout + GRACE)
+            except subprocess.TimeoutExpired:
+                exit_code = None
         log.seek(0)
         return _trouble(partial, exit_code, log.read().decode(errors="replace"), timeout)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Kill what still runs of a process and its children; no signal to the group would reach the kernel."""
-    with suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-    process.kill()
-    process.wait()
 
 
 def _trouble(partial: Path, exit_code: int | None, log: str, timeout: float) -> str | None:

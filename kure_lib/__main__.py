@@ -1,0 +1,136 @@
+"""The command line of the study, `python -m kure_lib`; `run_all.sh` starts it in the right environment.
+
+Parsing needs the standard library alone, so that `--help` works before anything is installed.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from textwrap import shorten
+from typing import NoReturn
+
+PROFILES = {
+    "smoke": "a tiny subset that proves the machinery: minutes",
+    "quick": "the default: real training on the embedded data, one seed, a quarter of an hour on two cores",
+    "study": "the committed study, all seeds: minutes from its records, hours from scratch",
+    "imagenet": "the paper's scale: ImageNet, torchvision's weights, GPUs",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the options.\n")
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; a mistake ends the process with one sentence and exit code 2."""
+    parser = _Parser(
+        prog="./run_all.sh",
+        description="Train what is missing, execute the notebooks, print the scoreboard, build the report.",
+        epilog="profiles:\n" + "\n".join(f"  {name:10}{meaning}" for name, meaning in PROFILES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--profile", choices=PROFILES, default="quick", help="scale of the study, see below")
+    parser.add_argument("--only", nargs="+", metavar="NN", help="these notebooks only, as in --only 05 07")
+    parser.add_argument("--fresh", action="store_true", help="ignore what is on record, train it anew")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="train N networks at the same time")
+    parser.add_argument("--conda", action="store_true", help="take Python from conda, mamba or micromamba")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="show what would run and for how long")
+    instead.add_argument("--bench", action="store_true", help="measure speed (tests/benchmarks)")
+    instead.add_argument("--test", action="store_true", help="run every test and a smoke study")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line asks. Returns the exit code: 0, 1 after an error, 130 if stopped."""
+    asked = arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
+    try:
+        return _run(asked)
+    except KeyboardInterrupt:
+        again = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--fresh"]
+        command = shlex.join(["./run_all.sh", *again])
+        print(f"\nStopped. What was finished is kept; go on with {command}", file=sys.stderr)
+        return 130
+
+
+def _run(asked: argparse.Namespace) -> int:
+    from kure_lib import notebooks, paths, study
+
+    paths.use_profile(asked.profile)
+    try:
+        if asked.test:
+            return 0 if test() else 1
+        if asked.bench:
+            return _python("-m", "pytest", "tests/benchmarks")
+        if asked.list:
+            print(study.describe(study.plan(asked.profile)))
+            return 0
+        chosen = notebooks.select(asked.only)
+        report = study.run(asked.profile, only=chosen, fresh=asked.fresh, jobs=asked.jobs)
+        print(f"\n{scoreboard()}\n\nReport: {report}")
+        return 0
+    except paths.KureError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+
+
+def scoreboard() -> str:
+    """The verdicts under the ambient profile: one line a claim, then the totals."""
+    from kure_lib import verdicts
+
+    board = verdicts.scoreboard()
+    rows = zip(board.id, board.outcome, board.statement, strict=True)
+    lines = [f"{id:5}{outcome:12}{shorten(what, 92, placeholder=' …')}" for id, outcome, what in rows]
+    totals = ", ".join(f"{count} {outcome}" for outcome, count in board.outcome.value_counts().items())
+    return "\n".join([*lines, f"{len(board)} claims and questions: {totals}."])
+
+
+def test() -> bool:
+    """Run every kind of test, later ones also after a failure; the last line printed sums up."""
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    unit = (*pytest, "--doctest-modules", "--ignore=tests/benchmarks", "kure_lib", "tests")
+    notebooks = (*pytest, "--nbval", "--nbval-current-env", "notebooks")
+    with tempfile.TemporaryDirectory() as results:
+        outcomes = [
+            _part("unit tests", *unit),
+            _part("notebooks", *notebooks),
+            _part("smoke study", "-m", "kure_lib", "--profile", "smoke", KURE_RESULTS=results),
+        ]
+    print("\n" + ", ".join(summary for _, summary in outcomes))
+    return all(passed for passed, _ in outcomes)
+
+
+def _part(name: str, *command: str, **variables: str) -> tuple[bool, str]:
+    """One part of the tests: whether it passed, and a phrase for the summary."""
+    print(f"\n{name}: python {shlex.join(command)}", flush=True)
+    start = time.monotonic()
+    passed = _python(*command, **variables) == 0
+    return passed, f"{name} {'passed' if passed else 'FAILED'} in {time.monotonic() - start:.0f} s"
+
+
+def _python(*command: str, **variables: str) -> int:
+    """Run Python in the study's folder, free of the caller's `KURE_` variables; return its exit code."""
+    from kure_lib import notebooks, paths
+
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KURE_")}
+    fixed = {"MPLBACKEND": "agg", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = inherited | fixed | variables
+    with notebooks.running([sys.executable, *command], cwd=paths.ROOT, env=environment) as process:
+        return process.wait()
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
