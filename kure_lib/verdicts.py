@@ -50,7 +50,8 @@ def record(id: str, outcome: str, evidence: str, notebook: str | None = None) ->
     _require("claim", id, claims())
     _require("outcome", outcome, OUTCOMES)
     claim = claims()[id]
-    if not evidence.strip():
+    evidence = " ".join(evidence.split())  # one line, also from a wrapped string
+    if not evidence:
         raise KureError(f"The verdict on {id} has no evidence: give one sentence with the computed numbers.")
     if notebook is None and len(claim.notebooks) > 1:
         raise KureError(f"{id} is judged in {', '.join(claim.notebooks)}: say which with notebook=.")
