@@ -14,7 +14,7 @@ import torch
 from IPython.display import Image, Markdown, display
 from scipy.stats import t as student_t
 
-from kure_lib import paths
+from kure_lib import evaluation, paths
 from kure_lib.paths import KureError
 
 FIGURE_SIZE = (8.0, 4.5)  # inches
@@ -129,10 +129,11 @@ def format_interval(values, digits: int = 1, sign: bool = False) -> str:
 def environment() -> None:
     """Print versions, device, threads and precision: a notebook's last cell, whose output is not compared."""
     packages = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    cpu = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
+    device = torch.cuda.get_device_name() if evaluation.device().type == "cuda" else cpu
     print(f"Python {platform.python_version()},", ", ".join(f"{name} {version(name)}" for name in packages))
-    print(f"{device}, {torch.get_num_threads()} threads, default precision {torch.get_default_dtype()}")
-    print(f"profile {paths.profile()}{', check mode' if paths.checking() else ''}")
+    print(f"{device}, {torch.get_num_threads()} threads, networks in {evaluation.precision()}")
+    print(f"profile {paths.profile()}")
 
 
 def _flat(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,15 +1,14 @@
-"""Figures, tables and intervals; how results are kept, and what check mode notices."""
+"""Figures, tables and intervals: what is kept, what is shown, and what check mode notices."""
 
-import errno
 import itertools
 import math
-import os
 
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
@@ -17,7 +16,7 @@ from nbclient import NotebookClient
 from PIL import Image
 from scipy.stats import t as student_t
 
-from kure_lib import paths, show
+from kure_lib import evaluation, paths, show
 from kure_lib.paths import KureError
 
 GROUPS = [
@@ -59,52 +58,6 @@ def draw(frame, name="curve"):
     fig, ax = plt.subplots()
     ax.plot(frame.bits, frame.top1, **show.LINE["kure"])
     show.figure(fig, name, frame)
-
-
-# Folders and files
-
-def test_results_follow_the_environment_and_the_profile(results, monkeypatch):
-    assert paths.results() == results
-    paths.use_profile("study")
-    assert paths.results() == results.parent / "study"
-    assert results.parent == paths.RESULTS
-    monkeypatch.setenv("KURE_RESULTS", "elsewhere")
-    assert paths.RESULTS == paths.ROOT / "elsewhere"
-    monkeypatch.delenv("KURE_PROFILE")
-    assert paths.results().name == "quick"
-
-
-def test_a_written_file_is_whole_and_leaves_nothing_beside_it(tmp_path):
-    file = tmp_path / "new" / "record.json"
-    paths.write_atomically(file, "Δ")
-    paths.write_atomically(file, b"\x00\x01")
-    assert file.read_bytes() == b"\x00\x01"
-    assert os.listdir(file.parent) == ["record.json"]
-
-
-def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch):
-    file = tmp_path / "record.json"
-    paths.write_atomically(file, "old")
-
-    def fsync(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(KureError, match=r"record\.json \(No space left on device\)"):
-        paths.write_atomically(file, "new")
-    assert file.read_text() == "old"
-    assert os.listdir(tmp_path) == ["record.json"]
-
-
-def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
-    file = tmp_path / "record.json"
-    paths.write_atomically(file, "old")
-
-    def replace(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        paths.write_atomically(file, "new")
-    assert snapshot(tmp_path) == {file: b"old"}
 
 
 # Figures
@@ -244,6 +197,16 @@ def test_intervals_need_values_and_pairs():
 def test_one_value_is_only_indicative():
     assert show.format_interval([91.64]) == "91.6 (indicative)"
     assert show.format_interval([-0.26, -0.24], digits=2, sign=True) == "-0.25 ± 0.13"
+
+
+# The environment
+
+def test_the_environment_names_versions_device_precision_and_profile(results, capsys):
+    show.environment()
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__.split('+')[0]}" in lines[0]
+    assert f"{torch.get_num_threads()} threads, networks in {evaluation.precision()}" in lines[1]
+    assert lines[2] == "profile trial"
 
 
 # Colours
