@@ -1,0 +1,217 @@
+"""One training loop: from scratch or from another run, with or without a regularizer.
+
+A run is trained on one processor thread (or on one GPU). A study fills the cores with several runs at
+once, which is faster than several threads for one net of this size, and what a run computes does not
+depend on how many cores the machine has.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from kure_lib import data, evaluation, models
+from kure_lib.kurtosis import kurtosis
+from kure_lib.paths import KureError, write_atomically
+from kure_lib.regularizers import KurtosisRegularizer, regularized_layers
+
+TRAINING_VERSION = 1  # raise it when the same configuration would give other weights
+
+Positive = Annotated[float, Field(gt=0)]
+Architecture = Literal["resnet20", "mobilenet_v2_050", "resnet18", "resnet50", "mobilenet_v2"]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class KureConfig(Frozen):
+    """The KURE term of a run: K_T, λ, the reduction over layers, per tensor or per channel."""
+
+    target: float = Field(1.8, ge=1)
+    coefficient: Positive = 1.0
+    reduction: Literal["mean", "sum", "max"] = "mean"
+    per_channel: bool = False
+
+
+class RunConfig(Frozen):
+    """Everything that decides what a training run computes.
+
+    `start` is the run whose weights this one begins with. The learning rate follows one cycle (Smith 2018)
+    that peaks at `learning_rate`, or, with `decay_every`, is multiplied by `decay_factor` every so many
+    epochs. `train_size` keeps only the first so many training images.
+    """
+
+    model: Architecture
+    data: Literal["fashion_mnist", "cifar10", "imagenet"] = "fashion_mnist"
+    train_size: int | None = Field(None, ge=1)
+    seed: int = 0
+    start: "RunConfig | None" = None
+    pretrained: bool = False
+    epochs: int = Field(ge=0)
+    learning_rate: Positive
+    weight_decay: float = Field(ge=0)
+    batch_size: int = Field(256, ge=2)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    decay_every: int | None = Field(None, ge=1)
+    decay_factor: Positive = 0.1
+    regularizer: KureConfig | None = None
+
+    @property
+    def key(self) -> str:
+        """Ten hexadecimal digits that stand for this configuration and `TRAINING_VERSION`.
+
+        Fields at their defaults do not count, so that a new one leaves the old keys as they are.
+        """
+        content = {"version": TRAINING_VERSION, **self.model_dump(mode="json", exclude_defaults=True)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def label(self) -> str:
+        """A readable name; together with the key it names the files of the run."""
+        kure = self.regularizer
+        what = f"kure-{kure.target:g}-{kure.coefficient:g}" if kure else "control" if self.start else "pretrained"
+        return f"{self.model}-{what}{'-scratch' if kure and not self.start else ''}-seed{self.seed}"
+
+
+class Trained(BaseModel):
+    """What a finished run leaves behind, next to the weights: one value an epoch in each curve."""
+
+    curves: dict[str, list[float]]
+    layer_kurtosis: dict[str, list[float]]
+
+
+def fit(
+    config: RunConfig,
+    start: dict[str, Tensor] | None = None,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, values: None,
+) -> tuple[nn.Module, Trained]:
+    """Train a network as `config` says; returns it in evaluation mode, with its curves.
+
+    `start` are the weights of the run that `config.start` names. With a `checkpoint` path the state is kept
+    there after every epoch, and training goes on from it to the same weights, bit for bit. `on_epoch` is
+    called with the number of finished epochs and the values of the last. Raises `KureError` if the loss is
+    no longer finite or the checkpoint cannot be read.
+    """
+    train = data.load(config.data, "train").head(config.train_size)
+    test = data.load(config.data, "test").head(config.train_size)
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, train.channels, train.classes, config.pretrained)
+    if start is not None:
+        model.load_state_dict(start)
+    model.to(evaluation.device())
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0,
+        weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+    schedule = _schedule(config, optimizer, train.steps_per_epoch(config.batch_size))
+    kure = config.regularizer
+    regularizer = KurtosisRegularizer(model, **kure.model_dump()) if kure else lambda: torch.zeros(())
+    history = Trained(curves={}, layer_kurtosis={})
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    finished = _resume(checkpoint, state, history) if checkpoint else 0
+    with single_thread():
+        for epoch in range(finished, config.epochs):
+            began = time.perf_counter()
+            values = train_epoch(model, train, regularizer, optimizer, schedule, config, epoch)
+            if not math.isfinite(values["train_loss"]):
+                raise KureError(f"Training {config.label} diverged in epoch {epoch + 1}: lower its learning rate.")
+            result = evaluation.evaluate(model, test)
+            layers = {name: kurtosis(layer.weight).item() for name, layer in regularized_layers(model).items()}
+            values |= {"test_loss": result.loss, "test_top1": result.top1,
+                       "kurtosis": sum(layers.values()) / len(layers),
+                       "seconds": time.perf_counter() - began}  # fmt: skip
+            _append(history.curves, values)
+            _append(history.layer_kurtosis, layers)
+            if checkpoint:
+                _save(checkpoint, epoch + 1, state, history)
+            on_epoch(epoch + 1, values)
+    return model.eval(), history
+
+
+def train_epoch(model, train, regularizer, optimizer, schedule, config, epoch) -> dict[str, float]:
+    """One pass over the training images; returns the means of its losses and its accuracy in percent.
+
+    What is random in it depends on the seed and on the number of the epoch alone, so that an interrupted
+    run goes on as if it had not been interrupted.
+    """
+    generator = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
+    torch.manual_seed(1_000_003 * config.seed + epoch)
+    place = evaluation.device()
+    model.train()
+    total_loss = total_penalty = torch.zeros((), device=place)
+    correct = seen = 0
+    for images, labels in train.batches(config.batch_size, generator):
+        labels = labels.to(place)
+        with evaluation.autocast():
+            scores = model(images.to(place))
+            loss = nn.functional.cross_entropy(scores, labels)
+        penalty = regularizer()
+        optimizer.zero_grad()
+        (loss + penalty).backward()
+        optimizer.step()
+        schedule.step()
+        total_loss = total_loss + loss.detach() * len(labels)
+        total_penalty = total_penalty + penalty.detach() * len(labels)
+        correct += (scores.detach().argmax(1) == labels).sum().item()
+        seen += len(labels)
+    return {
+        "train_loss": total_loss.item() / seen, "penalty": total_penalty.item() / seen, "train_top1": 100 * correct / seen,
+    }  # fmt: skip
+
+
+def _schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int):
+    scheduler = torch.optim.lr_scheduler
+    if config.decay_every:
+        return scheduler.StepLR(optimizer, config.decay_every * steps, config.decay_factor)
+    return scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=max(config.epochs * steps, 1) + 1, cycle_momentum=False
+    )
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _append(columns: dict[str, list[float]], values: dict[str, float]) -> None:
+    for name, value in values.items():
+        columns.setdefault(name, []).append(value)
+
+
+def _save(checkpoint: Path, epoch: int, state: dict, history: Trained) -> None:
+    buffer = io.BytesIO()
+    content = {name: part.state_dict() for name, part in state.items()}
+    torch.save({"epoch": epoch, "history": history.model_dump(), **content}, buffer)
+    write_atomically(checkpoint, buffer.getvalue())
+
+
+def _resume(checkpoint: Path, state: dict, history: Trained) -> int:
+    """Load the state kept after the last finished epoch; the number of epochs it has."""
+    if not checkpoint.exists():
+        return 0
+    try:
+        saved = torch.load(checkpoint, weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+    except Exception as error:
+        raise KureError(f"The checkpoint {checkpoint} cannot be read ({type(error).__name__}): delete it, "
+                        "and the run starts again from its first epoch.") from error  # fmt: skip
+    history.curves.update(saved["history"]["curves"])
+    history.layer_kurtosis.update(saved["history"]["layer_kurtosis"])
+    return saved["epoch"]
