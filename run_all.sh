@@ -9,11 +9,12 @@ recipe() { cat requirements.txt pyproject.toml; pwd; }  # a moved copy of the st
 installed() { [[ -x $home/bin/python ]] && recipe | cmp -s - "$home/installed-from"; }
 
 find_python() {
-    local names=${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}
-    for python in $names; do suits "$python" ensurepip && return; done
-    python=${names%% *}
-    fail "Python 3.11 or newer with venv is needed, and $python is $("$python" --version 2>/dev/null || echo missing);" \
-        "install it, name another with PYTHON=/path/to/python3, or take conda's with --conda."
+    local candidates=(python3 python3.14 python3.13 python3.12 python3.11)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for python in "${candidates[@]}"; do suits "$python" ensurepip && return; done
+    python=${candidates[0]}
+    fail "Python 3.11 or newer with venv is needed, and $python is $("$python" --version 2>/dev/null || echo missing):" \
+        "install it, name another with PYTHON=/path/to/python3, or let conda provide it with --conda."
 }
 
 make_venv() { find_python; "$python" -m venv --clear "$home"; }

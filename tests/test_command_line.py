@@ -1,0 +1,313 @@
+"""The faults a user can make or meet, each of them made: what is said, what is left, what ends with it."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from kure_lib import __main__ as command_line
+from kure_lib import notebooks, paths, study, verdicts
+from kure_lib.paths import KureError
+
+STEM = "90_tiny"
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["--profile", "huge"], ["huge", "smoke", "quick", "study", "imagenet"]),
+        (["--profil", "quick"], ["--profil"]),
+        (["--jobs", "0"], ["'0'", "above 0"]),
+        (["--list", "--test"], ["--list", "--test"]),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(argv, names, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(argv)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.count("\n") == 1
+    assert all(name in said for name in names)
+
+
+def test_the_profiles_of_the_command_line_are_those_of_the_study():
+    assert list(command_line.PROFILES) == list(study.PROFILES)
+
+
+def test_an_unknown_notebook_is_one_sentence(capsys):
+    assert command_line.main(["--only", "77"]) == 1
+    assert capsys.readouterr().err.startswith("Error: There is no notebook '77'")
+
+
+def test_stopping_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "run", interrupted)
+    assert command_line.main(["--profile", "smoke", "--fresh", "--jobs", "2"]) == 130
+    assert capsys.readouterr().err.endswith("go on with ./run_all.sh --profile smoke --jobs 2\n")
+
+
+# Notebooks
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes the notebook `STEM`, given the sources of its code cells; it owes a verdict on X1."""
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    monkeypatch.setenv("KURE_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(verdicts, "claims", lambda: {"X1": verdicts.Claim("X1", "", "", "", (STEM,))})
+
+    def write(*sources, parameters='profile = "study"  # type: str scale'):
+        cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *sources)]
+        cells[0].metadata.tags = ["parameters"]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(notebook, tmp_path / f"{STEM}.ipynb")
+
+    return write
+
+
+VERDICT = """
+import os, pathlib
+folder = pathlib.Path(os.environ["KURE_RESULTS"]) / profile / "verdicts"
+folder.mkdir(exist_ok=True)
+(folder / "X1.new").write_text(profile)
+_ = (folder / "X1.new").replace(folder / "X1.json")
+"""
+
+
+def failure(**options) -> str:
+    with pytest.raises(KureError) as error:
+        notebooks.execute(STEM, "quick", **options)
+    return str(error.value)
+
+
+def test_a_notebook_that_does_all_it_should(write, tmp_path):
+    write("print(profile)", VERDICT)
+    executed = notebooks.execute(STEM, "quick")
+    assert executed == tmp_path / "results" / "quick" / "notebooks" / f"{STEM}.ipynb"
+    cells = nbformat.read(executed, as_version=4).cells
+    assert [cell.execution_count for cell in cells] == [1, 2, 3, 4]  # with the injected parameters
+    assert cells[2].outputs[0].text == "quick\n"
+    assert not list(executed.parent.glob("*.partial.ipynb"))
+
+
+def test_under_its_own_profile_a_notebook_keeps_its_cells_and_its_bytes(write, tmp_path):
+    write("print(profile)", VERDICT)
+    source = tmp_path / f"{STEM}.ipynb"
+    notebooks.execute(STEM, "study", destination=source)
+    once = source.read_bytes()
+    notebooks.execute(STEM, "study", destination=source)
+    assert source.read_bytes() == once
+    assert len(nbformat.read(source, as_version=4).cells) == 3
+    assert b"papermill" not in once
+
+
+def test_a_misspelled_parameter(write):
+    write(VERDICT, parameters='profile = "study"  # type: str scale\nbits = 4  # type: int weight bits')
+    assert failure(parameters={"bit": 3}) == f"{STEM}.ipynb has no parameter 'bit'; it has profile, bits."
+
+
+def test_a_cell_that_fails(write, tmp_path):
+    write("x = 1", "# divides\nx / 0", VERDICT)
+    said = failure()
+    assert f"Notebook {STEM} failed in the cell that begins with `# divides`: ZeroDivisionError" in said
+    assert "----> 2 x / 0" in said
+    partial = Path(said.rsplit(" lies in ")[-1].removesuffix("."))
+    assert nbformat.read(partial, as_version=4).cells[-1].execution_count is None
+    assert not (partial.parent / f"{STEM}.ipynb").exists()
+
+
+def test_a_cell_that_takes_too_long(write):
+    write("import time\ntime.sleep(60)", VERDICT)
+    assert "took more than 1 s in the cell that begins with `import time`" in failure(timeout=1)
+
+
+def test_a_notebook_that_takes_too_long(write, monkeypatch):
+    monkeypatch.setattr(notebooks, "GRACE", 1)
+    write("import time", *["time.sleep(1.5)"] * 4, VERDICT)
+    assert "did not end within 3 s and was stopped in the cell" in failure(timeout=2)
+
+
+def test_a_kernel_that_dies(write):
+    write("import os\nos._exit(1)", VERDICT)
+    said = failure()
+    assert "lost its kernel, perhaps for want of memory, in the cell that begins with `import os`" in said
+
+
+def test_a_notebook_that_exits_early_with_success(write):
+    write("import sys\nsys.exit(0)", VERDICT)
+    assert "in the cell that begins with `import sys`: SystemExit" in failure()
+
+
+def test_a_verdict_that_is_not_written_or_not_written_anew(write):
+    write("x = 1")
+    assert "did not write its verdict on X1" in failure()
+    write(VERDICT)
+    notebooks.execute(STEM, "quick")
+    write("x = 1")  # the verdict of the last execution is still there
+    assert "did not write its verdict on X1" in failure()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_ends_the_kernel_too(stop, write, tmp_path):
+    note = tmp_path / "kernel"
+    write(
+        "import os, pathlib, time",
+        f"_ = pathlib.Path({str(note)!r}).write_text(str(os.getpid()))",
+        "time.sleep(60)",
+    )
+    script = f"""
+import sys
+from pathlib import Path
+from kure_lib import __main__ as command_line, notebooks, paths, study
+paths.NOTEBOOKS = Path({str(tmp_path)!r})
+study.run = lambda *arguments, **options: notebooks.execute({STEM!r}, "quick")
+sys.exit(command_line.main(["--profile", "quick"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    kernel = psutil.Process(int(_content(note)))
+    process.send_signal(stop)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Stopped. What was finished is kept" in said
+    assert "Traceback" not in said
+    psutil.wait_procs([kernel], timeout=5)
+    assert not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE
+
+
+def _content(file: Path) -> str:
+    """The text of a file that is about to appear."""
+    for _ in range(300):
+        if file.exists() and (text := file.read_text()):
+            return text
+        time.sleep(0.1)
+    raise TimeoutError(file)
+
+
+# run_all.sh, with a Python that only notes down what it is asked
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+    -c*) exit "${TOO_OLD:-0}" ;;
+    --version) echo "Python 3.9.2" ;;
+    "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+esac
+echo "$*" >>asked
+[[ $* != *requirement* ]] || { sleep "${SLOW:-0}"; exit "${BROKEN:-0}"; }
+"""
+
+FAKE_MAMBA = """#!/usr/bin/env bash
+echo "mamba $*" >>asked
+mkdir -p .conda/bin && cp "$PYTHON" .conda/bin/python
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts `run_all.sh` in a folder of its own; `asked` tells what Python was then asked to do."""
+    for name in ("run_all.sh", "requirements.txt", "pyproject.toml", "environment.yml"):
+        shutil.copy(paths.ROOT / name, tmp_path)
+    python = tmp_path / "bin with space" / "python3"
+    python.parent.mkdir()
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(python))
+
+    def start(*arguments, **variables) -> subprocess.Popen:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        command = [tmp_path / "run_all.sh", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name in variables:
+            monkeypatch.delenv(name)
+        return process
+
+    return start
+
+
+def asked(tmp_path: Path) -> list[str]:
+    """What Python was asked since the last time."""
+    log = tmp_path / "asked"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return lines
+
+
+INSTALL = [
+    "-m pip install --requirement requirements.txt",
+    "-m pip install --no-deps --no-build-isolation --editable .",
+]
+RUN = ["-m kure_lib --only 05 07"]
+
+
+def test_only_the_first_start_installs(start, tmp_path):
+    assert start("--only", "05", "07").wait() == 0
+    assert asked(tmp_path) == ["-m venv --clear .venv", *INSTALL, *RUN]
+    assert start("--only", "05", "07").wait() == 0
+    assert asked(tmp_path) == RUN
+
+
+def test_changed_pins_are_installed(start, tmp_path):
+    start("--only", "05", "07").wait()
+    asked(tmp_path)
+    with (tmp_path / "requirements.txt").open("a") as file:
+        file.write("another==1.0\n")
+    assert start("--only", "05", "07").wait() == 0
+    assert asked(tmp_path) == [*INSTALL, *RUN]
+
+
+def test_an_installation_that_failed_starts_again(start, tmp_path):
+    assert start("--only", "05", "07", BROKEN="1").wait() != 0
+    assert RUN[0] not in asked(tmp_path)
+    assert start("--only", "05", "07").wait() == 0
+    assert asked(tmp_path) == [*INSTALL, *RUN]
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="without flock a second start does not wait")
+def test_two_starts_at_once_install_once(start, tmp_path):
+    first, second = start(SLOW="1"), start(SLOW="1")
+    assert (first.wait(), second.wait()) == (0, 0)
+    assert sum("--requirement" in line for line in asked(tmp_path)) == 1
+
+
+def test_python_too_old_or_missing(start, tmp_path):
+    _, said = start(TOO_OLD="1").communicate()
+    assert said.count("\n") == 1
+    assert "Python 3.11 or newer with venv is needed, and" in said and "is Python 3.9.2" in said
+    _, said = start(PYTHON="nowhere/python3").communicate()
+    assert said.count("\n") == 1 and "nowhere/python3 is missing" in said
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_conda(start, tmp_path, monkeypatch):
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for tool in ("bash", "env", "dirname", "cat", "cmp", "mkdir", "cp", "rm", "sleep"):
+        (bare / tool).symlink_to(shutil.which(tool))
+    monkeypatch.setenv("PATH", str(bare))
+    process = start("--conda")
+    assert "needs conda, mamba or micromamba" in process.communicate()[1] and process.returncode == 1
+    mamba = bare / "mamba"
+    mamba.write_text(FAKE_MAMBA)
+    mamba.chmod(0o755)
+    assert start("--conda").wait() == 0
+    environment = f"mamba env create --prefix {tmp_path}/.conda --file environment.yml"
+    assert asked(tmp_path) == [environment, *INSTALL, "-m kure_lib --conda"]
+
+
+def test_help_needs_no_installation(start, tmp_path):
+    shutil.copytree(paths.ROOT / "kure_lib", tmp_path / "kure_lib")
+    process = start("--help", PYTHON=sys.executable)
+    assert "usage: ./run_all.sh" in process.communicate()[0] and process.returncode == 0
+    assert not (tmp_path / ".venv").exists()
