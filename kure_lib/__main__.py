@@ -116,10 +116,11 @@ def _part(name: str, *command: str, **variables: str) -> tuple[bool, str]:
 
 
 def _python(*command: str, **variables: str) -> int:
-    """Run Python in the study's folder, free of the caller's `KURE_` variables; return its exit code."""
+    """Run Python in the study's folder, where neither the caller's results nor check mode are inherited."""
     from kure_lib import notebooks, paths
 
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("KURE_")}
+    ambient = {"KURE_RESULTS", "KURE_PROFILE", "KURE_CHECK"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ambient}
     fixed = {"MPLBACKEND": "agg", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment = inherited | fixed | variables
     with notebooks.running([sys.executable, *command], cwd=paths.ROOT, env=environment) as process:
