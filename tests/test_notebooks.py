@@ -1,0 +1,157 @@
+"""What a committed notebook must be: executed, readable, free of traces of a machine, and binding."""
+
+import ast
+import json
+import re
+import shutil
+from functools import cache
+from statistics import median
+
+import nbformat
+import pytest
+
+from kure_lib import notebooks, paths, report, runs, study, verdicts
+from kure_lib.paths import KureError
+
+STUDY = paths.ROOT / "results" / "study"
+NEED_NONE = pytest.mark.skipif(not notebooks.available(), reason="no notebook is written yet")
+
+
+@pytest.fixture(params=notebooks.available())
+def stem(request) -> str:
+    return request.param
+
+
+@cache
+def read(stem: str) -> nbformat.NotebookNode:
+    return nbformat.read(paths.NOTEBOOKS / f"{stem}.ipynb", as_version=4)
+
+
+def code(stem: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(stem).cells if cell.cell_type == "code"]
+
+
+def tagged(stem: str, tag: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in code(stem) if tag in cell.metadata.get("tags", [])]
+
+
+def outputs(stem: str) -> list[nbformat.NotebookNode]:
+    return [output for cell in code(stem) for output in cell.outputs]
+
+
+def test_every_cell_was_executed_in_order(stem):
+    assert [cell.execution_count for cell in code(stem)] == list(range(1, len(code(stem)) + 1))
+
+
+def test_no_cell_failed_or_warned(stem):
+    assert not [output for output in outputs(stem) if output.output_type == "error"]
+    assert not [output.text for output in outputs(stem) if output.get("name") == "stderr"]
+
+
+def test_it_begins_with_its_claim(stem):
+    first = read(stem).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith(f"# {stem[:2]} · ")
+    if stem[:2] != "00":
+        assert {"**Claim", "**What would refute it", "**Cost"} <= set(re.findall(r"\*\*[\w ]+", first.source))
+
+
+def test_parameters_are_literals_explained(stem):
+    (cell,) = tagged(stem, "parameters")
+    lines = cell.source.splitlines()
+    own = notebooks.defaults(paths.NOTEBOOKS / f"{stem}.ipynb")
+    for line in lines:  # papermill reads nothing from a line with a second `=`
+        assert re.fullmatch(r"\w+(: \w+)? = [^=#]+  # [^=]+", line), line
+        ast.literal_eval(ast.parse(line).body[0].value)
+    assert len(own) == len(lines)
+    assert own["profile"] == "study"
+
+
+def test_it_gives_a_verdict_on_its_claims(stem):
+    if stem[:2] == "00":
+        return
+    judged = {id for id, claim in verdicts.claims().items() if stem in claim.notebooks}
+    source = "\n".join(cell.source for cell in tagged(stem, "verdict"))
+    assert judged == set(re.findall(r'verdicts\.record\(\s*"(\w+)"', source))
+
+
+def test_it_says_more_than_it_computes(stem):
+    lengths = [len(cell.source.splitlines()) for cell in code(stem)]
+    assert len(read(stem).cells) - len(lengths) >= len(lengths)
+    assert max(lengths) <= 20
+    assert median(lengths) <= 6
+
+
+def test_it_bears_no_trace_of_a_machine(stem):
+    book = read(stem)
+    assert book.metadata.kernelspec.name == "python3"
+    assert "version" not in book.metadata.get("language_info", {})
+    metadata = [book.metadata, *(cell.metadata for cell in book.cells)]
+    assert not [each for each in metadata if {"papermill", "execution"} & set(each)]
+    text = re.sub(r'"image/png": "[^"]*"', "", json.dumps(book))
+    assert not re.findall(r"/(?:root|home|Users|tmp|work)/[\w./-]*", text)
+
+
+def test_its_links_lead_somewhere(stem):
+    text = "\n".join(cell.source for cell in read(stem).cells if cell.cell_type == "markdown")
+    targets = [target for target in re.findall(r"\]\(([^)\s#]+)", text) if "://" not in target]
+    assert [target for target in targets if not (paths.NOTEBOOKS / target).exists()] == []
+
+
+def test_its_formulae_can_be_shown_without_a_network(stem, monkeypatch):
+    unknown = []
+    formula = report._formula
+    monkeypatch.setattr(report, "_formula", lambda tex, display: unknown.append(tex) or formula(tex, display))
+    for cell in read(stem).cells:
+        if cell.cell_type == "markdown":
+            report._html(cell.source, paths.NOTEBOOKS)
+    assert [tex for tex in unknown if "<code>" in formula(tex, "inline")] == []
+
+
+@NEED_NONE
+def test_every_notebook_of_the_claims_exists():
+    named = {stem for claim in verdicts.claims().values() for stem in claim.notebooks}
+    assert named <= set(notebooks.available())
+
+
+def test_every_claim_has_a_verdict():
+    there = set(notebooks.available())
+    owed = {id for id, claim in verdicts.claims().items() if there & set(claim.notebooks)}
+    assert owed <= {path.stem for path in (STUDY / "verdicts").glob("*.json")}
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the committed study in which check mode is on."""
+    ignored = shutil.ignore_patterns("checkpoints", "notebooks", "report")
+    shutil.copytree(STUDY, tmp_path / "study", ignore=ignored, symlinks=True)
+    monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
+    monkeypatch.setenv("KURE_CHECK", "1")
+    return tmp_path / "study"
+
+
+ACCURACY = "07_bit_width_robustness_ptq"
+
+
+@pytest.mark.skipif(ACCURACY not in notebooks.available(), reason=f"{ACCURACY} is not written yet")
+def test_one_altered_accuracy_is_noticed(copied):
+    (planned,) = study.plan("study").select(model="resnet20", arm="kure", part="main", seed=0)
+    (file,) = (copied / "records").glob(f"*-{planned.config.key}.json")
+    record = json.loads(file.read_text())
+    record["evaluations"][runs.QuantizationSpec(weight_bits=4).key][0] -= 5  # percent
+    file.write_text(json.dumps(record))
+    with pytest.raises(KureError, match="differs from its notebook"):
+        notebooks.execute(ACCURACY, "study")
+
+
+FIGURES = sorted(file.stem for file in (STUDY / "figures").glob("*.csv"))
+
+
+@pytest.mark.skipif(not FIGURES, reason="no figure is drawn yet")
+def test_one_altered_number_of_a_figure_is_noticed(copied):
+    stem = next(stem for stem in notebooks.available() if stem[:2] == FIGURES[0][:2])
+    file = copied / "figures" / f"{FIGURES[0]}.csv"
+    head, number, tail = re.fullmatch(r"(.*\n.*?)(-?\d+\.\d+)(.*)", file.read_text(), re.DOTALL).groups()
+    file.write_text(f"{head}{float(number) * 1.01:.6g}{tail}")
+    with pytest.raises(KureError, match=f"{file.name} differs from its notebook"):
+        notebooks.execute(stem, "study")

@@ -1,0 +1,142 @@
+"""The project as a whole: pinned, layered, small, complete, and about nothing but the study."""
+
+import ast
+import hashlib
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from kure_lib.paths import DATA, NOTEBOOKS, ROOT
+
+FLOORS = (
+    {"theory", "paper", "paths"},
+    {"kurtosis", "regularizers", "quantizers", "steps"},
+    {"data", "models", "training", "ptq", "qat", "evaluation"},
+    {"runs", "verdicts", "show"},
+    {"__main__", "study", "notebooks", "report"},
+)
+MODULES = sorted((ROOT / "kure_lib").glob("*.py"))
+
+
+def pins() -> dict[str, Requirement]:
+    """The lines of requirements.txt by package."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def imported(file: Path) -> set[str]:
+    """The full names of the modules and of the names that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+# The environment
+
+
+def test_every_package_is_pinned_exactly_and_once():
+    lines = re.findall(r"^[^#\n].*", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    exact = r"[a-z0-9-]+==[\w.]+(; sys_platform != 'win32')?"
+    assert [line for line in lines if not re.fullmatch(exact, line)] == []
+    assert len(lines) == len(pins())
+
+
+def test_pip_conda_and_the_package_share_the_pins():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["dependencies"]
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": "requirements.txt"}
+    python, pip, packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert packages == {"pip": ["-r requirements.txt"]} and pip == "pip"
+    assert python.startswith(f"python {project['project']['requires-python']}")
+
+
+def test_these_tests_run_with_the_pinned_versions():
+    wrong = {name: version(name) for name, pin in pins().items() if not pin.specifier.contains(version(name))}
+    assert not wrong
+
+
+def test_everything_imported_is_pinned():
+    files = [*MODULES, *(ROOT / "tests").rglob("*.py"), ROOT / "conftest.py"]
+    names = {name.split(".")[0] for file in files for name in imported(file)}
+    packages = packages_distributions()
+    foreign = names - set(sys.stdlib_module_names) - {"kure_lib", "tests"}
+    assert {name for name in foreign if canonicalize_name(packages[name][0]) not in pins()} == set()
+
+
+# The library
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
+def test_imports_go_down_and_files_stay_small(file):
+    assert len(file.read_text().splitlines()) <= 250
+    if file.stem == "__init__":
+        return
+    (floor,) = [number for number, modules in enumerate(FLOORS) if file.stem in modules]
+    above = {f"kure_lib.{module}" for modules in FLOORS[floor + 1 :] for module in modules}
+    assert {name for name in imported(file) if ".".join(name.split(".")[:2]) in above} == set()
+
+
+def test_the_linter_has_nothing_to_say():
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise"]
+    checked = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+# The files
+
+
+def test_the_data_are_complete():
+    lines = (DATA / "SHA256SUMS").read_text().splitlines()
+    found = {line: hashlib.sha256((DATA / line.split()[1]).read_bytes()).hexdigest() for line in lines}
+    assert len(found) == 4
+    assert [line for line, digest in found.items() if line.split()[0] != digest] == []
+
+
+@cache
+def texts() -> dict[Path, str]:
+    """What a reader of the repository can read, this file apart, which must name what is forbidden."""
+    folders = ["*", ".ci/*", "kure_lib/*", "notebooks/*", "tests/**/*", "results/study/*/*"]
+    files = {file for folder in folders for file in ROOT.glob(folder) if file.is_file()}
+    readable = {".py", ".sh", ".md", ".txt", ".toml", ".yml", ".ipynb", ".json", ".csv", ""}
+    chosen = (file for file in sorted(files) if file.suffix in readable and file.name != Path(__file__).name)
+    return {file.relative_to(ROOT): file.read_text(encoding="utf-8") for file in chosen}
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"),
+    [
+        ("a folder of somebody's machine", r"/(?:root|home|Users|work)/\w+"),
+        ("a package registry", r"pypi\.org|pythonhosted|download\.pytorch|conda\.anaconda|anaconda\.org"),
+    ],
+)
+def test_no_file_names(what, pattern):
+    found = [(str(path), match) for path, text in texts().items() for match in re.findall(pattern, text)]
+    assert not found, f"{what}: {found}"
+
+
+README = ROOT / "README.md"
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not written yet")
+def test_the_readme_points_at_what_is_there_and_lists_every_notebook():
+    targets = {target for target in re.findall(r"\]\(([^)\s#]+)", README.read_text()) if "://" not in target}
+    assert {target for target in targets if not (ROOT / target).exists()} == set()
+    assert {f"notebooks/{file.name}" for file in NOTEBOOKS.glob("*.ipynb")} <= targets
+
+
+def test_scripts_are_executable():
+    assert all((ROOT / name).stat().st_mode & 0o111 for name in ("run_all.sh", ".ci/run"))
