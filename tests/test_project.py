@@ -19,7 +19,7 @@ from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 
 FLOORS = (
     {"theory", "paper", "paths"},
-    {"kurtosis", "regularizers", "quantizers", "steps"},
+    {"kurtosis", "regularizers", "uniformizing", "quantizers", "steps"},
     {"data", "models", "training", "ptq", "qat", "evaluation"},
     {"runs", "verdicts", "show"},
     {"__main__", "study", "notebooks", "report"},
