@@ -99,7 +99,8 @@ def test_the_mean_does_not_matter(statistic, shift, family):
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_penalties_are_least_for_a_uniform_tensor(name):
-    values = {key: PENALTIES[name](torch.from_numpy(law.ppf(QUANTILES))).item() for key, law in FAMILIES.items()}
+    tensors = {family: torch.from_numpy(law.ppf(QUANTILES)) for family, law in FAMILIES.items()}
+    values = {family: PENALTIES[name](x).item() for family, x in tensors.items()}
     assert min(values, key=values.get) == "uniform" and values["uniform"] < 0.02
 
 
