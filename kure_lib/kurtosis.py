@@ -9,6 +9,8 @@ at about the speed of copying them. Moments are taken block by block about the b
 moved to the common mean afterwards, so a mean far from zero costs no digits.
 """
 
+import math
+
 import numba
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ def kurtosis(x: Tensor, unbiased: bool = False, per_channel: bool = False) -> Te
     >>> round(kurtosis(torch.arange(1_000.0)).item(), 3)
     1.8
     """
-    channels = x.shape[0] if per_channel else 1
+    channels = x.shape[0] if per_channel and x.dim() else 1
     n = x.numel() // max(channels, 1)
     if n < 2:
         raise KureError(f"Kurtosis needs at least two values; the tensor has shape {tuple(x.shape)}.")
@@ -39,10 +41,12 @@ def kurtosis(x: Tensor, unbiased: bool = False, per_channel: bool = False) -> Te
         value = _Kurtosis.apply(x if _is_dense(x) else x.contiguous(), channels)
     else:
         rows = x.float().reshape(channels, n)
-        deviation = rows - rows.mean(1, keepdim=True)
-        value = (deviation**4).mean(1) / (deviation**2).mean(1) ** 2
+        mean = rows.mean(1, keepdim=True)
+        m2, m4 = ((rows - mean) ** 2).mean(1), ((rows - mean) ** 4).mean(1)
+        value = torch.where(_varies(mean[:, 0], m2, rows.dtype), m4 / m2**2, math.nan)
     if not torch.isfinite(value).all():
-        raise KureError("Kurtosis is not defined for zero variance or for infinite or NaN values.")
+        raise KureError("Kurtosis is not defined for zero variance (or one too small or large for "
+                        f"{str(x.dtype).removeprefix('torch.')}) or for infinite or NaN values.")  # fmt: skip
     value = value if per_channel else value.squeeze(0)
     return value * ((n - 1) / n) ** 2 if unbiased else value
 
@@ -56,7 +60,7 @@ class _Kurtosis(torch.autograd.Function):
         sums = _power_sums(_in_memory_order(x), length)
         mean, m2, m3, m4 = _central_moments(sums.reshape(channels, -1, sums.shape[1]))
         with np.errstate(all="ignore"):  # a value that is not finite is reported by the caller
-            value = m4 / m2**2
+            value = np.where(_varies(mean, m2, x.dtype), m4 / m2**2, math.nan)
         ctx.save_for_backward(x)
         ctx.moments = mean, m2, m3, value
         return torch.from_numpy(value).to(x.dtype)
@@ -73,6 +77,12 @@ class _Kurtosis(torch.autograd.Function):
         coefficients = np.stack([center, mean - center, value * m2, m3, scale], axis=1)
         _write_gradient(flat, coefficients.astype(flat.dtype), out)
         return grad, None
+
+
+def _varies(mean, m2, dtype: torch.dtype):
+    """Whether the variance is more than what rounding makes of equal values, and its square no underflow."""
+    limits = torch.finfo(dtype)
+    return (m2 > (limits.eps * mean) ** 2) & (m2 * m2 > limits.tiny)
 
 
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # lets sums be vectorized; NaNs and infinities stay what they are
