@@ -35,7 +35,7 @@ def page(tmp_path, monkeypatch):
 
 
 def notebook(stem: str, other: str) -> nbformat.NotebookNode:
-    text = f"# {stem[:2]} · A title\n\n$\\tilde\\Delta < 1$: see [the other]({other}.ipynb), not \\$5 or \\$6."
+    text = f"# {stem[:2]} · Title\n\n$\\tilde\\Delta < 1$: see [the other]({other}.ipynb), not \\$5 or \\$6."
     cell = nbformat.v4.new_code_cell("secret = 41 + 1", execution_count=1)
     cell.outputs = [nbformat.v4.new_output("display_data", {"text/markdown": "| bits |\n|---|\n| 4 |"})]
     return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text), cell])
@@ -47,7 +47,7 @@ def test_the_first_page_has_all_there_is(page):
     assert "<td class='outcome partly'>partly<td>costs 0.3 &lt; 1.2 points" in index
     assert "<img src='../figures/06_a_figure.png'" in index
     assert "Bits &amp; more" in index
-    assert "06 · A title" in index
+    assert "06 · Title" in index
 
 
 def test_a_notebook_page_shows_formulae_tables_and_on_demand_code(page):
