@@ -57,6 +57,13 @@ def test_stopping_says_how_to_go_on(monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("go on with ./run_all.sh --profile smoke --jobs 2\n")
 
 
+def test_a_failed_part_fails_the_tests_and_the_last_line_says_which(monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "_python", lambda *command, **variables: int("--nbval" in command))
+    assert command_line.main(["--test"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "unit tests passed in 0 s, notebooks FAILED in 0 s, smoke study passed in 0 s"
+
+
 # Notebooks
 
 
