@@ -8,6 +8,7 @@ statements are true on one grid and false on another, so a grid is always named.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def grid_named(name: str) -> Grid:
 
 
 def check_bits(bits: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= bits <= MAX_BITS:
         raise KureError(f"Cannot quantize to {bits} bits: give a whole number from 1 to {MAX_BITS}.")
 
 
@@ -96,4 +97,6 @@ def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Grid = MID_RISE) 
     check_bits(bits)
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
     codes = round_straight_through(x * step.reciprocal() - grid.offset)
-    return (codes.clamp(grid.lowest(bits), grid.highest(bits)) + grid.offset) * step
+    clipped = codes.detach().clamp(grid.lowest(bits), grid.highest(bits))
+    # not `codes.clamp`: its gradient ends before the outermost codes, not after them
+    return (torch.where(codes == clipped, codes, clipped) + grid.offset) * step

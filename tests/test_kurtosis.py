@@ -92,7 +92,7 @@ LAYOUTS = {
 def test_the_layout_in_memory_changes_neither_value_nor_gradient(layout, per_channel):
     base = sample((12, 10, 3, 3)).requires_grad_()
     x = LAYOUTS[layout](base)
-    rows = [row for row in x] if per_channel else [x]
+    rows = list(x) if per_channel else [x]
     weights = torch.arange(1.0, len(rows) + 1, dtype=torch.float64)
     wanted = torch.stack([plain(row) for row in rows])
     (wanted_gradient,) = torch.autograd.grad(wanted @ weights, base)
