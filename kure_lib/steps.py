@@ -25,7 +25,8 @@ class EmpiricalDistribution:
     """
 
     def __init__(self, x: Tensor):
-        values = np.sort(x.detach().reshape(-1).cpu().numpy())
+        x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().double()
+        values = np.sort(x.reshape(-1).cpu().numpy())
         if values.size == 0 or not np.isfinite(values[[0, -1]]).all():
             raise KureError(f"Cannot choose a step for a tensor of shape {tuple(x.shape)}: "
                             "it is empty or holds infinite or NaN values.")  # fmt: skip
@@ -133,7 +134,10 @@ def best_step(
     x = _as_distribution(x)
     if x.max_abs == 0:
         raise KureError("Cannot choose a step for a tensor that is zero everywhere.")
-    return torch.tensor(METHODS[method](x, bits, grid), dtype=torch.float32)
+    step = METHODS[method](x, bits, grid)
+    if not step > 0:
+        raise KureError(f"No step suits the tensor: the {bits}-bit grid {grid.name} has no levels on its side of zero.")
+    return torch.tensor(step, dtype=torch.float32)
 
 
 def power_of_two(step: Tensor) -> Tensor:
