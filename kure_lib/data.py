@@ -7,6 +7,7 @@ Fashion-MNIST is embedded in `data/`; CIFAR-10 and ImageNet are read from where 
 import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -170,15 +171,19 @@ def unpack_fashion_mnist(source: Path = DATA) -> Path:
     """
     cache_folder = Path(os.environ.get("KURE_CACHE", Path.home() / ".cache" / "kure_lib"))
     raw = cache_folder / "FashionMNIST" / "raw"
-    for line in (source / "SHA256SUMS").read_text().split("\n"):
-        if not line.strip():
-            continue
+    for line in _read(source / "SHA256SUMS").decode().splitlines():
         digest, name = line.split()
-        packed, unpacked = source / name, raw / name.removesuffix(".gz")
-        if not packed.is_file():
-            raise KureError(f"{packed} is missing: restore it from the repository.")
-        if hashlib.sha256(packed.read_bytes()).hexdigest() != digest:
-            raise KureError(f"{packed} is damaged (its SHA-256 is not the one in SHA256SUMS): restore it.")
-        if not unpacked.is_file():
-            write_atomically(unpacked, gzip.decompress(packed.read_bytes()))
+        content, unpacked = _read(source / name), raw / name.removesuffix(".gz")
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise KureError(f"{source / name} is damaged (its SHA-256 is not the one in SHA256SUMS): restore it.")
+        check_sum = int.from_bytes(content[-8:-4], "little")  # of what a gzip file holds
+        if not unpacked.is_file() or zlib.crc32(unpacked.read_bytes()) != check_sum:
+            write_atomically(unpacked, gzip.decompress(content))
     return cache_folder
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise KureError(f"{path} is missing: restore it from the repository.") from None
