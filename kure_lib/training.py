@@ -123,11 +123,15 @@ def fit(
     with single_thread():
         for epoch in range(finished, config.epochs):
             began = time.perf_counter()
-            values = train_epoch(model, train, regularizer, optimizer, schedule, config, epoch)
+            diverged = f"Training {config.label} diverged in epoch {epoch + 1}: lower its learning rate"
+            try:
+                values = train_epoch(model, train, regularizer, optimizer, schedule, config, epoch)
+                layers = {name: kurtosis(layer.weight).item() for name, layer in regularized_layers(model).items()}
+            except KureError as error:  # weights that have no kurtosis
+                raise KureError(f"{diverged} ({str(error).rstrip('.')}).") from error
             if not math.isfinite(values["train_loss"]):
-                raise KureError(f"Training {config.label} diverged in epoch {epoch + 1}: lower its learning rate.")
+                raise KureError(f"{diverged}.")
             result = evaluation.evaluate(model, test)
-            layers = {name: kurtosis(layer.weight).item() for name, layer in regularized_layers(model).items()}
             values |= {"test_loss": result.loss, "test_top1": result.top1,
                        "kurtosis": sum(layers.values()) / len(layers),
                        "seconds": time.perf_counter() - began}  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 from kure_lib.training import KureConfig, RunConfig
 
-TINY = {"train_size": 512, "epochs": 2, "learning_rate": 0.05, "weight_decay": 5e-4, "batch_size": 128}
+TINY = {"train_size": 256, "epochs": 2, "learning_rate": 0.05, "weight_decay": 5e-4, "batch_size": 32}
 
 
 @pytest.fixture(scope="session", autouse=True)
