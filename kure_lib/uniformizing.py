@@ -97,3 +97,6 @@ PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": entropy_gap,
     "wasserstein": wasserstein,
 }
+
+#: Those that sort the tensor: n·log n operations a step where the others read it a few times.
+SORTING = frozenset({"entropy", "wasserstein"})

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kure_lib.uniformizing import (
     PENALTIES,
+    SORTING,
     entropy,
     entropy_gap,
     kolmogorov_smirnov,
@@ -123,3 +124,13 @@ def test_shape_is_ignored():
     x = sample("normal", 600)
     for statistic in STATISTICS:
         assert statistic(x.reshape(10, 5, 4, 3)).item() == pytest.approx(statistic(x).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_what_sorts_is_named(name):
+    waiting, seen = [PENALTIES[name](sample("normal").requires_grad_()).grad_fn], set()
+    while waiting:  # through the graph of the backward pass
+        node = waiting.pop()
+        seen.add(node.name())
+        waiting += [parent for parent, _ in node.next_functions if parent]
+    assert any("Sort" in operation for operation in seen) == (name in SORTING)
