@@ -1,0 +1,30 @@
+"""Training as a study does it, in rounds of a few steps."""
+
+from collections.abc import Callable
+from itertools import count
+
+import torch
+
+from kure_lib import data, models
+from kure_lib.regularizers import KurtosisRegularizer
+from kure_lib.training import RunConfig, train_epoch
+
+
+def training(name: str, steps: int, kure: bool = False) -> Callable[[], None]:
+    """A round: one call of the library's `train_epoch` on as many images as make so many steps."""
+    config = RunConfig(model=name, epochs=1, learning_rate=0.02, weight_decay=5e-4)
+    split = data.load("fashion_mnist", "train").head(steps * config.batch_size)
+    torch.manual_seed(0)
+    model = models.build(name, split.channels, split.classes)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, nesterov=True,
+        weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    regularizer = KurtosisRegularizer(model) if kure else lambda: torch.zeros(())
+    epochs = count()
+
+    def work() -> None:
+        train_epoch(model, split, regularizer, optimizer, schedule, config, next(epochs))
+
+    return work

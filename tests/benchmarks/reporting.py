@@ -1,0 +1,148 @@
+"""Targets, the rows that are held against them, and the files in which a run of the benchmarks is kept."""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from kure_lib import evaluation
+from kure_lib.paths import write_atomically
+
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+RESNET = 4 if evaluation.precision() == "bfloat16" else 2  # times faster
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is measured against what, and the ratio that is wanted.
+
+    Either ours is `faster` by at least that factor, or it takes `within` that multiple of the other's time.
+    `unit` is how both are shown: `images/s`, `ms` or `s`.
+    """
+
+    path: str
+    rival: str
+    unit: str
+    faster: float | None = None
+    within: float | None = None
+
+    def __str__(self) -> str:
+        return f"≥ {self.faster:g} × faster" if self.faster else f"≤ {self.within:g} × the time"
+
+
+KURE = "KURE term of ResNet-18 (19 layers, 11.2 M weights), forward and backward, 1 thread"
+STEP = "ResNet-20 training step with KURE, batch 256, 1 thread"
+MSE = "MSE-optimal step of 2.4 M weights, 2, 3, 4, 5, 6 and 8 bits"
+TWO_RUNS = "training {}, batch 256: two runs at once, 1 thread each, together"
+ONE_RUN = "training {}, batch 256: one run, all threads"
+VARIANTS = "accuracy of 24 quantized variants of a ResNet-20, 10,000 images, all threads"
+SCRIPT = "float32, torchvision transforms in a `DataLoader` with 2 workers, plain net, all threads"
+COPIES = "`deepcopy`, quantize in place (steps given), `DataLoader`, float32; 2 timed, × 12"
+
+TARGETS = {
+    "kure": Target(KURE, "autograd of `(((w - w.mean()) / w.std()) ** 4).mean()`, 1 thread", "ms", faster=6),
+    "kure_memory": Target(KURE, "1.5 copies of the weights: two reads, one write", "ms", within=3),
+    "kure_step": Target(STEP, "the step without it", "ms", within=1.03),
+    "mse_step": Target(MSE, "200 steps tried by quantizing", "ms", faster=100),
+    "resnet20": Target(TWO_RUNS.format("ResNet-20"), SCRIPT, "images/s", faster=RESNET),
+    "resnet20_alone": Target(ONE_RUN.format("ResNet-20"), SCRIPT, "images/s", faster=RESNET),
+    "mobilenet_v2_050": Target(TWO_RUNS.format("MobileNet-V2 0.5"), SCRIPT, "images/s", faster=3),
+    "mobilenet_v2_050_alone": Target(ONE_RUN.format("MobileNet-V2 0.5"), SCRIPT, "images/s", faster=3),
+    "variants": Target(VARIANTS, COPIES, "s", faster=5),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: seconds of each round of both sides, and how much was done in a round by each.
+
+    The amount is in images for `images/s`, and a multiple of the work named in the target otherwise.
+    """
+
+    name: str
+    rival_seconds: tuple[float, ...]
+    ours_seconds: tuple[float, ...]
+    rival_amount: float
+    ours_amount: float
+
+    @property
+    def target(self) -> Target:
+        return TARGETS[self.name]
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Amount a second, of the rival and of ours, from the median round."""
+        return (self.rival_amount / statistics.median(self.rival_seconds),
+                self.ours_amount / statistics.median(self.ours_seconds))  # fmt: skip
+
+    @property
+    def ratio(self) -> float:
+        rival, ours = self.rates
+        return ours / rival if self.target.faster else rival / ours
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.target.faster if self.target.faster else self.ratio <= self.target.within
+
+    def cells(self) -> list[str]:
+        rival, ours = (_quantity(rate, self.target.unit) for rate in self.rates)
+        digits = 2 if self.target.within else 1
+        outcome = "met" if self.met else "not met"
+        ratio = f"{self.ratio:.{digits}f} ×"
+        return [self.target.path, self.target.rival, rival, ours, ratio, str(self.target), outcome]
+
+    def as_json(self) -> dict:
+        target, (rival, ours) = self.target, self.rates
+        return {
+            "name": self.name, "path": target.path, "measured_against": target.rival,
+            "rival": _quantity(rival, target.unit), "ours": _quantity(ours, target.unit),
+            "ratio": round(self.ratio, 3), "target": str(target), "met": self.met,
+            "rounds": len(self.ours_seconds),
+            "rival_median_seconds": round(statistics.median(self.rival_seconds), 6),
+            "rival_work_in_a_round": self.rival_amount,
+            "ours_median_seconds": round(statistics.median(self.ours_seconds), 6),
+            "ours_work_in_a_round": self.ours_amount,
+        }  # fmt: skip
+
+
+def _quantity(rate: float, unit: str) -> str:
+    if unit == "images/s":
+        return f"{rate:,.0f} images/s"
+    return f"{(1000 if unit == 'ms' else 1) / rate:,.3g} {unit}"
+
+
+def markdown(rows: list[Row], about: dict, limits: dict[str, float]) -> str:
+    """The table of rows and, under it, the machine and its limits."""
+    head = ["path", "measured against", "rival", "ours", "ratio", "target", ""]
+    table = tabulate([row.cells() for row in rows], head, tablefmt="pipe", disable_numparse=True)
+    bounds = "; ".join(f"{name}: {value:.0f}" for name, value in limits.items())
+    return (
+        f"{table}\n\n{about['cpu']}, {about['cores']} cores, {about['precision']}, torch {about['torch']}. "
+        "Both sides of a row take turns in one run; medians of all rounds.\n"
+        f"Limits of the machine in the same run: {bounds}.\n"
+    )
+
+
+def save(folder: Path, slug: str, rows: list[Row], about: dict, limits: dict[str, float]) -> Path:
+    """Write `<slug>.json` and `<slug>.md`; the path of the latter."""
+    content = {
+        "machine": about,
+        "limits": {name: round(value, 1) for name, value in limits.items()},
+        "rows": [row.as_json() for row in rows],
+    }
+    write_atomically(folder / f"{slug}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / f"{slug}.md", markdown(rows, about, limits))
+    return folder / f"{slug}.md"
+
+
+def update_readme(path: Path, text: str) -> bool:
+    """Put the table between its two markers in the README; False if they are not there."""
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        return False
+    write_atomically(path, f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+    return True
