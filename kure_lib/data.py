@@ -64,7 +64,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
     What moves in from outside is zero: black.
     """
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     dy, dx = torch.randint(-SHIFT, SHIFT + 1, (2, count), generator=generator)
     flip = torch.rand(count, generator=generator) < 0.5
     column = torch.arange(width).expand(count, width)
@@ -83,11 +83,11 @@ class FolderSplit:
         if not folder.is_dir():
             raise KureError(f"There is no ImageNet split at {folder}: set KURE_IMAGENET to the folder that "
                             "holds train/ and val/, each with one folder a class.")  # fmt: skip
-        crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if train else [v2.Resize(256), v2.CenterCrop(size)]
+        augmented, central = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()], [v2.Resize(256), v2.CenterCrop(size)]
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         normalize = v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         try:
-            self.dataset = datasets.ImageFolder(folder, v2.Compose([*crop, *to_tensor, normalize]))
+            self.dataset = datasets.ImageFolder(folder, v2.Compose([*(augmented if train else central), *to_tensor, normalize]))
         except FileNotFoundError as error:
             raise KureError(f"{folder} does not hold images in one folder a class ({error}).") from error
         self.classes, self.channels = len(self.dataset.classes), 3
@@ -103,8 +103,9 @@ class FolderSplit:
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         loader = torch.utils.data.DataLoader(
-            self.dataset, size, shuffle=generator is not None, generator=generator, pin_memory=torch.cuda.is_available(),
-            num_workers=min(os.cpu_count() or 1, 16), drop_last=generator is not None and len(self) >= size,
+            self.dataset, size, shuffle=generator is not None, generator=generator,
+            drop_last=generator is not None and len(self) >= size,
+            num_workers=min(os.cpu_count() or 1, 16), pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
         for images, labels in loader:
             yield images.contiguous(memory_format=torch.channels_last), labels

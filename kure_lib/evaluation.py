@@ -23,7 +23,8 @@ def device() -> torch.device:
 
 def precision() -> str:
     """`bfloat16` where the machine multiplies it natively, else `float32`."""
-    native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    on_gpu = torch.cuda.is_available()
+    native = torch.cuda.is_bf16_supported() if on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if native else "float32"
 
 

@@ -1,14 +1,33 @@
 """A quantized network is a view of the full-precision one, for as long as a `with` block lasts."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kure_lib.paths import KureError
 from kure_lib.quantizers import MID_RISE, Grid, quantize
 from kure_lib.steps import best_step
+
+
+class QuantizationSpec(BaseModel):
+    """How a network is quantized for an evaluation; the defaults are full precision."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight_bits: int | None = Field(None, ge=1, le=16)
+    method: str = "mse"
+    grid: str = "mid_rise"
+    step_ratio: float = Field(1.0, gt=0)
+    per_channel: bool = False
+
+    @property
+    def key(self) -> str:
+        """The fields that are not at their defaults, as JSON: the name of the evaluation in its record."""
+        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,17 +76,25 @@ def quantized(
         chosen = {name: chosen[name] for name in layers}
     if not step_ratio > 0:
         raise KureError(f"The step ratio must be above zero, not {step_ratio}.")
+    if weight_bits is None:
+        yield model
+        return
     parametrized = []
     try:
-        for name, layer in chosen.items() if weight_bits is not None else ():
+        for name, layer in chosen.items():
+            if parametrize.is_parametrized(layer, "weight"):
+                raise KureError(f"Layer '{name}' is quantized already: leave that block before this one begins.")
             try:
                 step = best_step(layer.weight, weight_bits, grid, method, per_channel) * step_ratio
             except KureError as error:
                 raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
             view = FakeQuantize(step.to(layer.weight.device), weight_bits, grid)
+            order = list(layer._parameters)
             parametrize.register_parametrization(layer, "weight", view)
-            parametrized.append(layer)
+            parametrized.append((layer, order))
         yield model
     finally:
-        for layer in parametrized:
+        for layer, order in parametrized:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            for name in order:  # an optimizer's state is kept by the order of the parameters
+                layer._parameters[name] = layer._parameters.pop(name)

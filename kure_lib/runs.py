@@ -19,13 +19,14 @@ import safetensors.torch
 import torch
 import torchvision
 from filelock import FileLock, Timeout
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from kure_lib import data, evaluation, models, ptq, training
 from kure_lib.evaluation import Evaluation
 from kure_lib.kurtosis import kurtosis
 from kure_lib.paths import ROOT, KureError, checking, results, write_atomically
+from kure_lib.ptq import QuantizationSpec
 from kure_lib.quantizers import grid_named
 from kure_lib.regularizers import regularized_layers
 from kure_lib.training import Frozen, KureConfig, RunConfig
@@ -33,21 +34,6 @@ from kure_lib.training import Frozen, KureConfig, RunConfig
 __all__ = ["Evaluation", "KureConfig", "QuantizationSpec", "Record", "RunConfig", "evaluate", "find", "get"]
 
 BINS = 80
-
-
-class QuantizationSpec(Frozen):
-    """How a network is quantized for an evaluation; the defaults are full precision."""
-
-    weight_bits: int | None = Field(None, ge=1, le=16)
-    method: str = "mse"
-    grid: str = "mid_rise"
-    step_ratio: float = Field(1.0, gt=0)
-    per_channel: bool = False
-
-    @property
-    def key(self) -> str:
-        """The fields that are not at their defaults, as JSON: the name of the evaluation in its record."""
-        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
 
 
 class LayerSummary(Frozen):
@@ -101,8 +87,11 @@ class Record(Frozen):
         """The trained network in evaluation mode; the same object every time."""
         return _network(self)
 
+    def __eq__(self, other: object) -> bool:  # field by field would compare weights that were read
+        return isinstance(other, Record) and (self.key, self.weights_sha256) == (other.key, other.weights_sha256)
+
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash(self.weights_sha256)
 
 
 @lru_cache(maxsize=8)

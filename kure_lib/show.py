@@ -40,6 +40,13 @@ LINE = {
 }
 COLOR = {name: line["color"] for name, line in LINE.items()}
 
+#: What a reader sees in place of the names of arms and networks in records.
+NAME = {
+    "pretrained": "pre-trained", "control": "control", "kure": "KURE", "scratch": "KURE from scratch",
+    "resnet20": "ResNet-20", "mobilenet_v2_050": "MobileNet-V2 0.5",
+    "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNet-V2",
+}  # fmt: skip
+
 
 def style() -> None:
     """Set matplotlib's defaults: one size, a light grid, fonts that can be read at half the printed size."""
@@ -124,6 +131,15 @@ def format_interval(values, digits: int = 1, sign: bool = False) -> str:
     mean, half_width = mean_interval(values)
     shown = f"{mean:{'+' if sign else ''}.{digits}f}"
     return f"{shown} (indicative)" if math.isnan(half_width) else f"{shown} ± {half_width:.{digits}f}"
+
+
+def pivot(frame: pd.DataFrame, rows: list[str], columns: str, value: str = "top1", digits: int = 1) -> pd.DataFrame:
+    """A tidy frame as a table of means with intervals over what is neither in `rows` nor in `columns`.
+
+    Rows and columns keep the order in which they first appear.
+    """
+    cells = frame.groupby([*rows, columns], sort=False, dropna=False)[value].agg(lambda v: format_interval(v, digits))
+    return cells.unstack(columns, sort=False)
 
 
 def environment() -> None:

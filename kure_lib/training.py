@@ -170,8 +170,10 @@ def train_epoch(model, train, regularizer, optimizer, schedule, config, epoch) -
         correct += (scores.detach().argmax(1) == labels).sum().item()
         seen += len(labels)
     return {
-        "train_loss": total_loss.item() / seen, "penalty": total_penalty.item() / seen, "train_top1": 100 * correct / seen,
-    }  # fmt: skip
+        "train_loss": total_loss.item() / seen,
+        "penalty": total_penalty.item() / seen,
+        "train_top1": 100 * correct / seen,
+    }
 
 
 def _schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int):
