@@ -94,7 +94,8 @@ def scoreboard() -> str:
 
 def test() -> bool:
     """Run every kind of test, later ones also after a failure; the last line printed sums up."""
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    at_once = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")  # a file's tests stay together
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *at_once)
     unit = (*pytest, "--doctest-modules", "--ignore=tests/benchmarks", "kure_lib", "tests")
     notebooks = (*pytest, "--nbval", "--nbval-current-env", "notebooks")
     with tempfile.TemporaryDirectory() as results:
@@ -121,8 +122,8 @@ def _python(*command: str, **variables: str) -> int:
 
     ambient = {"KURE_RESULTS", "KURE_PROFILE", "KURE_CHECK"}
     inherited = {name: value for name, value in os.environ.items() if name not in ambient}
-    fixed = {"MPLBACKEND": "agg", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment = inherited | fixed | variables
+    fixed = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    environment = inherited | fixed | {"PYTHONDONTWRITEBYTECODE": "1"} | variables
     with notebooks.running([sys.executable, *command], cwd=paths.ROOT, env=environment) as process:
         return process.wait()
 

@@ -152,10 +152,9 @@ def _trouble(partial: Path, exit_code: int | None, log: str, timeout: float) -> 
     """
     cells = nbformat.read(partial, as_version=4).cells if partial.exists() else []
     started = [cell for cell in cells if cell.cell_type == "code" and cell.metadata.papermill.start_time]
-    if not started:
-        return f"could not be started.\n{_tail(log)}"
-    error = next((output for output in started[-1].outputs if output.output_type == "error"), None)
-    where = f"in the cell that begins with `{(started[-1].source.strip().splitlines() or [''])[0]}`"
+    outputs = started[-1].outputs if started else []
+    error = next((output for output in outputs if output.output_type == "error"), None)
+    where = f"in the cell that begins with `{_first_line(started[-1])}`" if started else "before any cell"
     if exit_code is None:
         return f"did not end within {timeout + GRACE:.0f} s and was stopped {where}."
     if "CellTimeoutError" in log:
@@ -164,7 +163,11 @@ def _trouble(partial: Path, exit_code: int | None, log: str, timeout: float) -> 
         return f"lost its kernel, perhaps for want of memory, {where}."
     if error:
         return f"failed {where}: {error.ename}: {error.evalue}\n{_tail(chr(10).join(error.traceback))}"
-    return f"could not be finished; papermill stopped {where}.\n{_tail(log)}" if exit_code else None
+    return f"could not be executed, papermill ended {where}.\n{_tail(log)}" if exit_code else None
+
+
+def _first_line(cell: NotebookNode) -> str:
+    return cell.source.strip().partition("\n")[0]
 
 
 def _tail(traceback: str) -> str:
