@@ -150,7 +150,10 @@ def _trouble(partial: Path, exit_code: int | None, log: str, timeout: float) -> 
 
     Papermill marks cells that never ran as completed: the last one with a start time is the one that failed.
     """
-    cells = nbformat.read(partial, as_version=4).cells if partial.exists() else []
+    try:
+        cells = nbformat.read(partial, as_version=4).cells
+    except (FileNotFoundError, ValueError):  # not begun, or stopped while it was written
+        cells = []
     started = [cell for cell in cells if cell.cell_type == "code" and cell.metadata.papermill.start_time]
     outputs = started[-1].outputs if started else []
     error = next((output for output in outputs if output.output_type == "error"), None)
@@ -162,7 +165,7 @@ def _trouble(partial: Path, exit_code: int | None, log: str, timeout: float) -> 
     if "DeadKernelError" in log:
         return f"lost its kernel, perhaps for want of memory, {where}."
     if error:
-        return f"failed {where}: {error.ename}: {error.evalue}\n{_tail(chr(10).join(error.traceback))}"
+        return f"failed {where}: {error.ename}: {error.evalue}\n{_tail(*error.traceback)}"
     return f"could not be executed, papermill ended {where}.\n{_tail(log)}" if exit_code else None
 
 
@@ -170,9 +173,9 @@ def _first_line(cell: NotebookNode) -> str:
     return cell.source.strip().partition("\n")[0]
 
 
-def _tail(traceback: str) -> str:
+def _tail(*text: str) -> str:
     """The last lines of a traceback, indented and without colours."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", traceback).strip().splitlines()
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(text)).strip().splitlines()
     return "\n".join(f"    {line}" for line in lines[-TAIL:])
 
 

@@ -16,7 +16,7 @@ from kure_lib import notebooks, paths, study, verdicts
 from kure_lib.paths import KureError
 
 STEM = "90_tiny"
-PATIENCE = 120  # seconds; a busy machine takes that long to start Python, torch and a kernel
+PATIENCE = 300  # seconds; a busy machine is slow to start Python, torch and a kernel
 
 
 # The command line
@@ -138,7 +138,7 @@ def test_a_cell_that_fails(write, tmp_path):
 
 def test_a_cell_that_takes_too_long(write):
     write("import time\ntime.sleep(60)", VERDICT)
-    assert "took more than 1 s in the cell that begins with `import time`" in failure(timeout=1)
+    assert "took more than 1 s in the cell" in failure(timeout=1)
 
 
 def test_a_notebook_that_takes_too_long(write, monkeypatch):
