@@ -10,11 +10,13 @@ from functools import cache
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kure_lib import verdicts
 from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 
 FLOORS = (
@@ -22,7 +24,7 @@ FLOORS = (
     {"kurtosis", "regularizers", "uniformizing", "quantizers", "steps"},
     {"data", "models", "training", "ptq", "qat", "evaluation"},
     {"runs", "verdicts", "show"},
-    {"__main__", "study", "notebooks", "report"},
+    {"__main__", "study", "plans", "notebooks", "report"},
 )
 MODULES = sorted((ROOT / "kure_lib").glob("*.py"))
 
@@ -34,10 +36,18 @@ def pins() -> dict[str, Requirement]:
     return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
+def source(file: Path) -> str:
+    """The code of a Python file or of a notebook."""
+    if file.suffix == ".py":
+        return file.read_text(encoding="utf-8")
+    cells = nbformat.read(file, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+
+
 def imported(file: Path) -> set[str]:
     """The full names of the modules and of the names that a file imports."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(source(file))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -70,10 +80,10 @@ def test_these_tests_run_with_the_pinned_versions():
 
 
 def test_everything_imported_is_pinned():
-    files = [*MODULES, *(ROOT / "tests").rglob("*.py"), ROOT / "conftest.py"]
-    names = {name.split(".")[0] for file in files for name in imported(file)}
+    files = [*MODULES, *(ROOT / "tests").rglob("*.py"), *NOTEBOOKS.glob("*.ipynb"), ROOT / "conftest.py"]
+    own = {"kure_lib", *(file.stem for file in files)}
+    foreign = {name.split(".")[0] for file in files for name in imported(file)} - own - set(sys.stdlib_module_names)
     packages = packages_distributions()
-    foreign = names - set(sys.stdlib_module_names) - {"kure_lib", "tests"}
     assert {name for name in foreign if canonicalize_name(packages[name][0]) not in pins()} == set()
 
 
@@ -136,6 +146,13 @@ def test_the_readme_points_at_what_is_there_and_lists_every_notebook():
     targets = {target for target in re.findall(r"\]\(([^)\s#]+)", README.read_text()) if "://" not in target}
     assert {target for target in targets if not (ROOT / target).exists()} == set()
     assert {f"notebooks/{file.name}" for file in NOTEBOOKS.glob("*.ipynb")} <= targets
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not written yet")
+def test_the_scoreboard_of_the_readme_is_the_committed_one(monkeypatch):
+    monkeypatch.setenv("KURE_PROFILE", "study")
+    monkeypatch.setenv("KURE_CHECK", "1")
+    verdicts.update_readme(README)
 
 
 def test_scripts_are_executable():
