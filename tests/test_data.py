@@ -145,7 +145,8 @@ def tiny_cifar10(tmp_path, monkeypatch):
     cifar10 = datasets.CIFAR10
     monkeypatch.setattr(cifar10, "train_list", [[name, sums[name]] for name in list(parts)[:5]])
     monkeypatch.setattr(cifar10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(cifar10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(cifar10, "meta", meta)
     monkeypatch.setenv("KURE_CIFAR10", str(tmp_path))
     data._cifar10.cache_clear()
     yield parts

@@ -103,7 +103,7 @@ def test_the_seed_decides_the_initial_weights(name):
 
 
 def test_an_unknown_name_is_told_the_known_ones():
-    with pytest.raises(KureError, match="'vgg16'.*resnet20, mobilenet_v2_050, resnet18, resnet50, mobilenet_v2"):
+    with pytest.raises(KureError, match=r"'vgg16'.*resnet20, mobilenet_v2_050, resnet18, resnet50, mobilenet_v2"):
         models.build("vgg16", 3, 10)
 
 

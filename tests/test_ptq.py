@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import same_weights
 from torch import nn
 from torchvision import models as torchvision_models
 
+from conftest import same_weights
 from kure_lib import models
 from kure_lib.paths import KureError
 from kure_lib.ptq import quantized, quantized_layers
@@ -27,6 +27,7 @@ class Snapshot:
     def is_of(self, model):
         return (
             same_weights(self.state, model.state_dict())
+            and list(self.state) == list(model.state_dict())
             and self.parameters == [(name, id(p)) for name, p in model.named_parameters()]
             and self.types == [type(m) for m in model.modules()]
             and self.own == [sorted(vars(m)) for m in model.modules()]

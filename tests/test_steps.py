@@ -139,7 +139,8 @@ def test_max_abs_puts_the_outermost_level_on_the_largest_magnitude(grid, bits):
 
 @pytest.mark.parametrize("method", ["mse", "max_abs"])
 def test_steps_per_channel_are_those_of_the_rows(method):
-    x = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(6)) * torch.logspace(-3, 3, 6).reshape(6, 1, 1, 1)
+    x = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(6))
+    x *= torch.logspace(-3, 3, 6).reshape(6, 1, 1, 1)
     steps = best_step(x, 3, method=method, per_channel=True)
     assert steps.shape == (6, 1, 1, 1)
     for row, step in zip(x, steps, strict=True):

@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, same_weights
 from pydantic import ValidationError
 from scipy.stats import kurtosis as scipy_kurtosis
 
+from conftest import TINY, same_weights
 from kure_lib import data, evaluation, models, training
 from kure_lib.paths import KureError
 from kure_lib.regularizers import regularized_layers

@@ -1,0 +1,207 @@
+"""The plan of each profile, and training it in several processes."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+from filelock import FileLock
+
+from conftest import TINY, same_weights
+from kure_lib import notebooks, runs, study
+from kure_lib.paths import KureError
+from kure_lib.plans import ARMS, KURE, NEEDS, PROFILES, Plan, Planned, needed, plan
+from kure_lib.training import KureConfig, RunConfig
+
+EVERY_PROFILE = pytest.mark.parametrize("profile", PROFILES)
+
+
+# Plans
+
+
+def test_the_profiles_have_the_runs_of_the_design():
+    counts = {name: len(plan(name).runs) for name in PROFILES}
+    assert counts == {
+        "smoke": (3 + 1 + 1 + 1) + (3 + 1),
+        "quick": (3 + 1 + 1) + 3,
+        "study": (5 * 3 + 3 * (6 + 4) + 1) + (3 * 3 + 4),
+        "imagenet": 3 * 3,
+    }
+    main = {arm: len(plan("study").select(arm=arm, part="main")) for arm in ("pretrained", "control", "kure")}
+    assert main == {"pretrained": 8, "control": 8, "kure": 8}
+    assert plan("study").models == ["resnet20", "mobilenet_v2_050"]
+    assert {run.seed for run in plan("study").select(model="resnet20")} == set(range(5))
+    assert {run.seed for run in plan("study").select(model="mobilenet_v2_050")} == set(range(3))
+
+
+@EVERY_PROFILE
+def test_every_run_comes_after_its_start_and_once(profile):
+    seen = set()
+    for run in plan(profile).runs:
+        assert run.config.start is None or run.config.start in seen
+        seen.add(run.config)
+        assert (run.model, run.seed) == (run.config.model, run.config.seed) and run.arm in ARMS
+    assert len(seen) == len({config.key for config in seen}) == len({c.label for c in seen}) == len(plan(profile).runs)
+
+
+@EVERY_PROFILE
+def test_control_and_kure_differ_in_the_regularizer_alone(profile):
+    """Q8: equal start, epochs, learning rate and weight decay in every arm."""
+    planned = plan(profile)
+    controls = planned.select(arm="control")
+    assert controls
+    for control in controls:
+        arms = [r for r in planned.runs if r.arm == "kure" and (r.model, r.seed) == (control.model, control.seed)]
+        assert KURE in [run.config.regularizer for run in arms]
+        for run in arms:
+            assert run.config.regularizer is not None and control.config.regularizer is None
+            assert run.config.model_copy(update={"regularizer": None}) == control.config
+            assert run.config.start.regularizer is None
+
+
+@EVERY_PROFILE
+def test_scratch_differs_from_pretraining_in_the_regularizer_alone(profile):
+    planned = plan(profile)
+    for run in planned.select(arm="scratch"):
+        (pretrained,) = planned.select(model=run.model, arm="pretrained", seed=run.seed)
+        assert run.config.model_copy(update={"regularizer": None}) == pretrained.config
+
+
+def test_profiles_differ_in_scale():
+    assert all(run.config.train_size == 2048 for run in plan("smoke").runs)
+    for profile in ("quick", "study"):
+        assert all(run.config.train_size is None and run.config.data == "fashion_mnist" for run in plan(profile).runs)
+    for run in plan("imagenet").runs:
+        pretraining = run.config.start or run.config
+        assert pretraining.pretrained and pretraining.epochs == 0 and run.config.data == "imagenet"
+        assert (run.config.learning_rate, run.config.decay_every) == (1e-3, 30)
+
+
+def test_an_unknown_profile_is_told_the_known_ones():
+    with pytest.raises(KureError, match=r"'huge'.*smoke, quick, study, imagenet"):
+        plan("huge")
+
+
+def test_selecting_kure_means_the_papers_setting_unless_one_is_named():
+    planned = plan("study")
+    assert {run.config.regularizer for run in planned.select(arm="kure")} == {KURE}
+    (swept,) = planned.select(arm="kure", target=3.0, seed=1)
+    assert swept.config.regularizer == KureConfig(target=3.0) and swept.model == "resnet20"
+    found = planned.select(arm="kure", coefficient=0.1, seed=0)
+    assert [run.model for run in found] == ["resnet20", "mobilenet_v2_050"]
+    assert [run.seed for run in planned.select(model="resnet20", arm="control")] == [0, 1, 2, 3, 4]
+    assert len(planned.select(part="target", arm="kure")) == 18
+    assert planned.select(arm="kure", target=7.5) == []
+    assert planned.select() == list(planned.runs)
+
+
+def test_notebooks_name_the_runs_they_need():
+    planned = plan("study")
+    assert needed(planned, []).runs == needed(planned, ["01_step_size_sensitivity"]).runs == ()
+    assert {run.part for run in needed(planned, ["07_bit_width_robustness_ptq"]).runs} == {"main"}
+    every = needed(planned, [f"{number:02}_x" for number in range(14)])
+    assert every == planned, "a run that no notebook reads"
+    for stem in NEEDS:
+        chosen = {run.config for run in needed(planned, [stem]).runs}
+        assert all(config.start is None or config.start in chosen for config in chosen)
+
+
+def test_opening_a_profile_makes_it_the_ambient_one(results_folder):
+    assert study.open("smoke") == plan("smoke")
+    assert runs.results() == results_folder.parent / "smoke"
+
+
+# Training in several processes
+
+BASE = {**TINY, "train_size": 128, "epochs": 1}
+
+
+def tiny_plan(long=1) -> Plan:
+    first = RunConfig(model="resnet20", **BASE)
+    tuned = {"model": "resnet20", **BASE, "start": first}
+    return Plan("trial", (
+        Planned("resnet20", "pretrained", "main", first),
+        Planned("resnet20", "control", "main", RunConfig(**tuned)),
+        Planned("resnet20", "kure", "main", RunConfig(**{**tuned, "epochs": long}, regularizer=KURE)),
+    ))  # fmt: skip
+
+
+@pytest.fixture
+def workers(environment, monkeypatch):
+    """Workers with one thread; the pools that were made, to look at their processes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    pools = []
+
+    class Recorded(concurrent.futures.ProcessPoolExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            pools.append(self)
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Recorded)
+    return pools
+
+
+def test_two_workers_train_what_one_process_does_bit_for_bit(results_folder, workers, monkeypatch, capsys):
+    planned = tiny_plan()
+    study.train(planned, jobs=2)
+    said = capsys.readouterr().out
+    assert all(f"{run.config.label} epoch 1/1: loss " in said for run in planned.runs)
+    trained = [runs.find(run.config) for run in planned.runs]
+    assert all(trained)
+    assert not multiprocessing.active_children()
+
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", None)
+    study.train(planned, jobs=2)  # nothing is missing: no process is started
+    assert "0 min" in study.describe(planned) and study.describe(planned).count("on record ") == 3
+
+    monkeypatch.setenv("KURE_RESULTS", str(results_folder.parent / "here"))
+    for run, record in zip(planned.runs, trained, strict=True):
+        alone = runs.get(run.config)
+        assert alone.weights_sha256 == record.weights_sha256
+        assert same_weights(alone.weights, record.weights)
+        assert alone.layers == record.layers and alone.layer_kurtosis == record.layer_kurtosis
+
+
+def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_folder, workers):
+    planned = tiny_plan(long=2000)
+    first, control, kure = (run.config for run in planned.runs)
+
+    def kill():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (runs.find(control) and runs._checkpoint_path(kure).exists()):
+            time.sleep(0.1)
+        time.sleep(1)  # the study has seen by now that the control is done
+        os.kill(next(iter(workers[0]._processes)), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(KureError, match=rf"A process that trained {kure.label} was killed.*from its last epoch"):
+        study.train(planned, jobs=2)
+    killer.join()
+    assert runs.find(first) and runs.find(control) and not runs.find(kure)
+    assert runs._checkpoint_path(kure).exists()
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_in_a_worker_reaches_the_user(results_folder, workers):
+    broken = RunConfig(model="resnet20", **{**BASE, "learning_rate": 1e12})
+    with pytest.raises(KureError, match=rf"Training {broken.label} diverged"):
+        study.train(Plan("trial", (Planned("resnet20", "pretrained", "main", broken),)), jobs=1)
+
+
+def test_a_second_study_on_the_same_results_is_refused(results_folder, monkeypatch):
+    monkeypatch.setattr(notebooks, "available", lambda: [])
+    folder = results_folder.parent / "smoke"
+    folder.mkdir()
+    monkeypatch.setattr(study, "train", lambda *arguments: pytest.fail("this must not train"))
+    with (
+        FileLock(folder / "study.lock"),
+        pytest.raises(KureError, match=rf"Another study is writing to {folder}: wait until it is done, or stop it"),
+    ):
+        study.run("smoke")
