@@ -142,7 +142,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_MOBILENET, {"epochs": 4}),
     ),
     "study": (
-        _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=1, **SWEEP),
+        _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=3, **SWEEP),
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"]),
     ),
     "imagenet": (
