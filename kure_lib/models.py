@@ -86,11 +86,11 @@ def mobilenet_v2_050(channels: int, classes: int) -> nn.Module:
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A 3 × 3 depthwise convolution that is fast to train in bfloat16 on a processor.
+    """A 3 × 3 depthwise convolution that is fast to train on a processor.
 
-    Two of oneDNN's bfloat16 kernels are slower than their float32 twins, by 10 to 300 times: the gradient
-    of the input for stride 2, done here in float32, and the gradient of the weights for maps of 2 × 2, done
-    here as nine products of shifted maps. Elsewhere, and in float32, this is `nn.Conv2d`.
+    Two of oneDNN's kernels are slow there, by 10 to 300 times: the gradient of the weights for maps of
+    2 × 2, done here as nine products of shifted maps, and in bfloat16 the gradient of the input for
+    stride 2, done here in float32. Elsewhere this is `nn.Conv2d`.
     """
 
     def __init__(self, layer: nn.Conv2d):
@@ -98,9 +98,10 @@ class DepthwiseConv2d(nn.Conv2d):
         self.weight = layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return _Depthwise.apply(x.bfloat16(), self.weight, self.stride[0])
-        return super().forward(x)
+        if x.device.type != "cpu":
+            return super().forward(x)
+        autocast = torch.is_autocast_enabled("cpu")
+        return _Depthwise.apply(x.bfloat16() if autocast else x, self.weight, self.stride[0])
 
 
 class _Depthwise(torch.autograd.Function):
