@@ -83,11 +83,13 @@ class FolderSplit:
         if not folder.is_dir():
             raise KureError(f"There is no ImageNet split at {folder}: set KURE_IMAGENET to the folder that "
                             "holds train/ and val/, each with one folder a class.")  # fmt: skip
-        augmented, central = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()], [v2.Resize(256), v2.CenterCrop(size)]
+        augmented = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+        central = [v2.Resize(256), v2.CenterCrop(size)]
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         normalize = v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         try:
-            self.dataset = datasets.ImageFolder(folder, v2.Compose([*(augmented if train else central), *to_tensor, normalize]))
+            transform = v2.Compose([*(augmented if train else central), *to_tensor, normalize])
+            self.dataset = datasets.ImageFolder(folder, transform)
         except FileNotFoundError as error:
             raise KureError(f"{folder} does not hold images in one folder a class ({error}).") from error
         self.classes, self.channels = len(self.dataset.classes), 3

@@ -20,7 +20,7 @@ DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 
 RELATIVE_TOLERANCE = 1e-4
-ABSOLUTE_TOLERANCE = 1e-12  # rounding noise of a number whose true value is zero
+ABSOLUTE_TOLERANCE = 1e-10  # rounding noise of a number whose true value is zero
 
 
 class KureError(Exception):
@@ -78,10 +78,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             unfinished.unlink()
 
 
-def keep(path: Path, text: str) -> None:
+def keep(path: Path, text: str, tolerance: float = RELATIVE_TOLERANCE) -> None:
     """Write a result (CSV, Markdown or JSON); in check mode compare it with the committed one instead.
 
-    Numbers may differ by 1e-4 of their size, everything else must be equal.
+    Numbers may differ by `tolerance` of their size, everything else must be equal.
     Raises `KureError` naming the file, and the row and column in which it first differs.
     """
     path = Path(path)
@@ -95,7 +95,7 @@ def keep(path: Path, text: str) -> None:
         raise KureError(f"{path} is missing: {remedy}.") from None
     except ValueError as error:
         raise KureError(f"{path} is damaged ({error}): restore it, or {remedy}.") from error
-    if difference := _first_difference(committed, _rows(path, text)):
+    if difference := _first_difference(committed, _rows(path, text), tolerance):
         raise KureError(f"{path} differs from its notebook, {difference}: find the cause, or {remedy}.")
 
 
@@ -111,23 +111,23 @@ def _rows(path: Path, text: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("| "))] for line in lines]
 
 
-def _first_difference(committed: list[list[str]], made: list[list[str]]) -> str | None:
+def _first_difference(committed: list[list[str]], made: list[list[str]], tolerance: float) -> str | None:
     """Where two tables first differ, in words, or None; the first row of several cells is the header."""
     start = next((i for i, row in enumerate(made) if len(row) > 1), 0)
     header = made[start] if made else []
     for i, (old_row, new_row) in enumerate(zip_longest(committed, made, fillvalue=())):
         for j, (old, new) in enumerate(zip_longest(old_row, new_row)):
-            if not _agree(old, new):
+            if not _agree(old, new, tolerance):
                 column = header[j] if j < len(header) else j + 1
                 return f"row {i - start} of column {column} is {new or 'nothing'} and was {old or 'nothing'}"
     return None
 
 
-def _agree(old: str | None, new: str | None) -> bool:
+def _agree(old: str | None, new: str | None, tolerance: float) -> bool:
     """Equal as text, or both numbers and close."""
     if old == new or old is None or new is None:
         return old == new
     try:
-        return math.isclose(float(old), float(new), rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
+        return math.isclose(float(old), float(new), rel_tol=tolerance, abs_tol=ABSOLUTE_TOLERANCE)
     except ValueError:
         return False

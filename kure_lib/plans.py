@@ -1,5 +1,6 @@
 """Which runs a profile consists of: the design of the experiment, as data."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -76,6 +77,18 @@ class Plan:
 
         return [run for run in self.runs if matches(run)]
 
+    def sweep(self, part: str) -> "Plan":
+        """A swept part with the main runs of the same networks and seeds, in order of network, arm, K_T, λ and seed."""
+        swept = {(run.model, run.seed) for run in self.select(part=part)}
+        chosen = [run for run in self.runs if run.part in ("main", part) and (run.model, run.seed) in swept]
+
+        def place(run: Planned) -> tuple:
+            kure = run.config.regularizer
+            strength = (kure.target, kure.coefficient) if kure else (0, 0)
+            return self.models.index(run.model), ARMS.index(run.arm), *strength, run.seed
+
+        return Plan(self.profile, tuple(sorted(chosen, key=place)))
+
     def records(self, **wanted) -> list[runs.Record]:
         """The records of the selected runs, trained where they are missing, in the order of their seeds."""
         return [runs.get(run.config) for run in self.select(**wanted)]
@@ -84,16 +97,19 @@ class Plan:
         """Accuracy and loss of every selected run under every specification: one row a measurement.
 
         Columns: model, method (the arm), target, coefficient, seed, w_bits and a_bits (32: not quantized),
-        grid, step_ratio, top1 in percent, loss in nats.
+        grid, step_ratio, top1 in percent, loss in nats; and of the run: kurtosis, the mean over its layers,
+        and train_loss, of its last epoch in nats.
         """
         rows = []
         for run, spec in product(self.select(**wanted), specs):
-            result, kure = runs.evaluate(runs.get(run.config), spec), run.config.regularizer
+            record, kure = runs.get(run.config), run.config.regularizer
+            result = runs.evaluate(record, spec)
             rows.append({
                 "model": run.model, "method": run.arm, "target": kure.target if kure else None,
                 "coefficient": kure.coefficient if kure else 0.0, "seed": run.seed,
                 "w_bits": spec.weight_bits or FULL, "a_bits": FULL, "grid": spec.grid,
                 "step_ratio": spec.step_ratio, "top1": result.top1, "loss": result.loss,
+                "kurtosis": record.mean_kurtosis, "train_loss": record.curves.get("train_loss", [math.nan])[-1],
             })  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -119,13 +135,14 @@ def _with(recipe: Recipe, pretraining=None, fine_tuning=None, **changes) -> Reci
     })  # fmt: skip
 
 
-def _imagenet(model: str, batch_size: int, epochs: int) -> Recipe:
-    """Fine-tuning of torchvision's weights as in Supp. Tables 1 and 2."""
+def _imagenet(model: str, batch_size: int, epochs: int, **sweeps) -> Recipe:
+    """Fine-tuning of torchvision's weights as in Supp. Tables 1 and 2, with the targets of Fig. 3c."""
     shared = {"data": "imagenet", "weight_decay": 1e-4, "decay_every": 30, "batch_size": batch_size}
     return Recipe(
         model,
         pretraining={**shared, "pretrained": True, "epochs": 0, "learning_rate": 1e-3},
         fine_tuning={**shared, "epochs": epochs, "learning_rate": 1e-3},
+        **sweeps,
     )
 
 
@@ -142,11 +159,12 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_MOBILENET, {"epochs": 4}),
     ),
     "study": (
-        _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=3, **SWEEP),
+        _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=1, **SWEEP),
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"]),
     ),
     "imagenet": (
-        _imagenet("resnet18", 256, 83), _imagenet("resnet50", 128, 50), _imagenet("mobilenet_v2", 256, 83),
+        _imagenet("resnet18", 256, 83, targets=(3.0, 4.0, 6.0), coefficients=(0.1,)),
+        _imagenet("resnet50", 128, 50), _imagenet("mobilenet_v2", 256, 83),
     ),
 }  # fmt: skip
 

@@ -59,16 +59,17 @@ def style() -> None:
     })
 
 
-def figure(fig: plt.Figure, name: str, data: pd.DataFrame) -> None:
+def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = paths.RELATIVE_TOLERANCE) -> None:
     """Keep a figure as `figures/<name>.png` and the numbers it plots as `<name>.csv`, show it and close it.
 
     What is shown is the very image that is kept. Check mode compares its numbers: pixels vary by machine.
+    `tolerance` is relative; widen it for what amplifies rounding, such as a long descent.
     """
     file = paths.results() / "figures" / f"{name}.png"
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=DPI, metadata={"Software": None})  # no version in it: stable bytes
     plt.close(fig)
-    paths.keep(file.with_suffix(".csv"), _csv(data))
+    paths.keep(file.with_suffix(".csv"), _csv(data), tolerance)
     if not paths.checking():
         paths.write_atomically(file, image.getvalue())
     elif not file.is_file():
@@ -77,16 +78,18 @@ def figure(fig: plt.Figure, name: str, data: pd.DataFrame) -> None:
 
 
 def table(
-    frame: pd.DataFrame, name: str, caption: str | None = None, tidy: pd.DataFrame | None = None
-) -> None:
+    frame: pd.DataFrame, name: str, caption: str | None = None, tidy: pd.DataFrame | None = None,
+    tolerance: float = paths.RELATIVE_TOLERANCE,
+) -> None:  # fmt: skip
     """Keep a table as `tables/<name>.md`, as shown, and as `<name>.csv` for machines; display it as Markdown.
 
     `frame` may hold strings formatted by the notebook; `tidy` then holds the plain numbers for the CSV file.
+    `tolerance` is as for `figure`.
     """
     file = paths.results() / "tables" / f"{name}.md"
     text = (f"**{caption}**\n\n" if caption else "") + _markdown(frame)
-    paths.keep(file, text)
-    paths.keep(file.with_suffix(".csv"), _csv(frame if tidy is None else tidy))
+    paths.keep(file, text, tolerance)
+    paths.keep(file.with_suffix(".csv"), _csv(frame if tidy is None else tidy), tolerance)
     display(Markdown(text))
 
 
@@ -133,13 +136,33 @@ def format_interval(values, digits: int = 1, sign: bool = False) -> str:
     return f"{shown} (indicative)" if math.isnan(half_width) else f"{shown} ± {half_width:.{digits}f}"
 
 
-def pivot(frame: pd.DataFrame, rows: list[str], columns: str, value: str = "top1", digits: int = 1) -> pd.DataFrame:
+def pivot(
+    frame: pd.DataFrame, rows: list[str], columns: str, value: str = "top1", digits: int = 1, sign: bool = False
+) -> pd.DataFrame:
     """A tidy frame as a table of means with intervals over what is neither in `rows` nor in `columns`.
 
-    Rows and columns keep the order in which they first appear.
+    Rows and columns keep the order in which they first appear; networks and arms get the names readers see.
     """
-    cells = frame.groupby([*rows, columns], sort=False, dropna=False)[value].agg(lambda v: format_interval(v, digits))
-    return cells.unstack(columns, sort=False)
+    groups = frame.groupby([*rows, columns], sort=False, dropna=False)[value]
+    cells = groups.agg(lambda values: format_interval(values, digits, sign)).unstack(columns, sort=False)
+    return cells.rename(index=NAME).rename_axis(index={"model": "network", "method": "arm"})
+
+
+def gain(frame: pd.DataFrame, keys: list[str], value: str = "top1") -> pd.DataFrame:
+    """KURE minus its control, paired by seed: one row for each combination of `keys` and seed, column `gain`."""
+    wide = frame.pivot_table(index=[*keys, "seed"], columns="method", values=value, sort=False)
+    return (wide["kure"] - wide["control"]).rename("gain").reset_index()
+
+
+def band(axis: plt.Axes, frame: pd.DataFrame, x: str, y: str, name: str | None = None, **line) -> None:
+    """Draw the mean of column `y` at each `x` as a line, and its range over seeds as a band around it.
+
+    `name` gives the look of `LINE` and the label of `NAME`; what `line` says goes before both.
+    """
+    line = LINE.get(name, {}) | {"label": NAME.get(name, name)} | line
+    spread = frame.groupby(x)[y].agg(["mean", "min", "max"])
+    axis.plot(spread.index, spread["mean"], **line)
+    axis.fill_between(spread.index, spread["min"], spread["max"], color=line["color"], alpha=0.2, linewidth=0)
 
 
 def environment() -> None:

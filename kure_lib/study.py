@@ -157,7 +157,8 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
                     runs.forget(item.config)
             train(chosen, jobs)
             # 00 shows the verdicts of all others, so it comes last
-            for stem in tqdm(sorted(stems, key=lambda stem: stem.startswith("00")), desc="notebooks", unit="notebook", disable=None):
+            order = sorted(stems, key=lambda stem: stem.startswith("00"))
+            for stem in tqdm(order, desc="notebooks", unit="notebook", disable=None):
                 if not sys.stderr.isatty():
                     print(f"executing {stem}", flush=True)
                 notebooks.execute(stem, profile)
