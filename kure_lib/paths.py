@@ -20,7 +20,6 @@ DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 
 RELATIVE_TOLERANCE = 1e-4
-ABSOLUTE_TOLERANCE = 1e-10  # rounding noise of a number whose true value is zero
 
 
 class KureError(Exception):
@@ -81,7 +80,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def keep(path: Path, text: str, tolerance: float = RELATIVE_TOLERANCE) -> None:
     """Write a result (CSV, Markdown or JSON); in check mode compare it with the committed one instead.
 
-    Numbers may differ by `tolerance` of their size, everything else must be equal.
+    Numbers may differ by `tolerance` of their size or, near zero, by its square; everything else must be equal.
     Raises `KureError` naming the file, and the row and column in which it first differs.
     """
     path = Path(path)
@@ -128,6 +127,6 @@ def _agree(old: str | None, new: str | None, tolerance: float) -> bool:
     if old == new or old is None or new is None:
         return old == new
     try:
-        return math.isclose(float(old), float(new), rel_tol=tolerance, abs_tol=ABSOLUTE_TOLERANCE)
+        return math.isclose(float(old), float(new), rel_tol=tolerance, abs_tol=tolerance**2)
     except ValueError:
         return False
