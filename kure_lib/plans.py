@@ -155,8 +155,8 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_MOBILENET, TINY, TINY, coefficients=(0.1,)),
     ),
     "quick": (
-        _with(SMALL_RESNET, {"epochs": 5}, targets=(3.0,), coefficients=(0.1,)),
-        _with(SMALL_MOBILENET, {"epochs": 4}),
+        _with(SMALL_RESNET, {"epochs": 4}, {"epochs": 3}, targets=(3.0,), coefficients=(0.1,)),
+        _with(SMALL_MOBILENET, {"epochs": 3}, {"epochs": 4}),
     ),
     "study": (
         _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=1, **SWEEP),

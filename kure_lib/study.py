@@ -15,15 +15,18 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from kure_lib import notebooks, report, runs
+from kure_lib import evaluation, notebooks, report, runs
 from kure_lib.paths import KureError, results, use_profile
 from kure_lib.plans import ARMS, FULL, PROFILES, Plan, Planned, needed, open, plan
 from kure_lib.training import RunConfig
 
 __all__ = ["ARMS", "FULL", "PROFILES", "Plan", "Planned", "describe", "needed", "open", "plan", "run", "train"]
 
-#: Seconds an epoch takes on one core of a 2023 server; for the estimate before the first record is there.
-SECONDS_PER_EPOCH = {"resnet20": 30, "mobilenet_v2_050": 32}
+#: Seconds an epoch takes on one core of a 2023 server, for the estimate of the time a plan takes.
+SECONDS_PER_EPOCH = {
+    "bfloat16": {"resnet20": 30, "mobilenet_v2_050": 40},
+    "float32": {"resnet20": 65, "mobilenet_v2_050": 62},
+}
 
 
 def seconds_left(planned: Plan) -> float:
@@ -34,7 +37,7 @@ def seconds_left(planned: Plan) -> float:
 
 def _seconds(run: Planned) -> float:
     share = 1.0 if run.config.train_size is None else run.config.train_size / 60_000
-    return run.config.epochs * share * SECONDS_PER_EPOCH.get(run.model, float("nan"))
+    return run.config.epochs * share * SECONDS_PER_EPOCH[evaluation.precision()].get(run.model, float("nan"))
 
 
 def describe(planned: Plan) -> str:

@@ -194,6 +194,37 @@ def test_intervals_need_values_and_pairs():
         show.paired_interval([1, 2], [1])
 
 
+MEASURED = pd.DataFrame({
+    "model": "resnet20", "method": ["kure", "kure", "control", "control"], "seed": [1, 0, 0, 1],
+    "w_bits": 4, "top1": [91.0, 93.0, 92.5, 90.0],
+})  # fmt: skip
+
+
+def test_a_gain_is_paired_by_seed_whatever_the_order():
+    gain = show.gain(MEASURED, ["model", "w_bits"]).set_index("seed").gain
+    assert gain.to_dict() == {0: 0.5, 1: 1.0}
+
+
+def test_a_pivot_gives_means_with_intervals_under_the_names_readers_see():
+    shown = show.pivot(MEASURED, ["model", "method"], "w_bits", digits=2)
+    assert shown.index.names == ["network", "arm"] and list(shown.columns) == [4]
+    half_width = student_t.ppf(0.975, 1) * np.std([91.0, 93.0], ddof=1) / 2**0.5
+    assert shown.loc[("ResNet-20", "KURE"), 4] == f"92.00 ± {half_width:.2f}"
+    gain = show.pivot(show.gain(MEASURED, ["model"]), ["model"], "seed", "gain", sign=True)
+    assert list(gain.loc["ResNet-20"]) == ["+1.0 (indicative)", "+0.5 (indicative)"]
+
+
+def test_a_band_is_the_range_around_the_mean():
+    frame = pd.DataFrame({"bits": [2, 2, 3, 3], "top1": [80.0, 90.0, 91.0, 91.0]})
+    _, axis = plt.subplots()
+    show.band(axis, frame, "bits", "top1", "kure", markersize=3)
+    (line,), (fill,) = axis.lines, axis.collections
+    assert line.get_xydata().tolist() == [[2, 85], [3, 91]]
+    assert (line.get_color(), line.get_label(), line.get_markersize()) == (show.COLOR["kure"], "KURE", 3)
+    assert {tuple(point) for point in fill.get_paths()[0].vertices} == {(2, 80), (2, 90), (3, 91)}
+    plt.close()
+
+
 def test_one_value_is_only_indicative():
     assert show.format_interval([91.64]) == "91.6 (indicative)"
     assert show.format_interval([-0.26, -0.24], digits=2, sign=True) == "-0.25 ± 0.13"

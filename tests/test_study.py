@@ -28,7 +28,7 @@ def test_the_profiles_have_the_runs_of_the_design():
         "smoke": (3 + 1 + 1 + 1) + (3 + 1),
         "quick": (3 + 1 + 1) + 3,
         "study": (5 * 3 + 3 * (6 + 4) + 1) + (3 * 3 + 4),
-        "imagenet": 3 * 3,
+        "imagenet": 3 * 3 + (3 + 1),
     }
     main = {arm: len(plan("study").select(arm=arm, part="main")) for arm in ("pretrained", "control", "kure")}
     assert main == {"pretrained": 8, "control": 8, "kure": 8}
@@ -96,6 +96,19 @@ def test_selecting_kure_means_the_papers_setting_unless_one_is_named():
     assert len(planned.select(part="target", arm="kure")) == 18
     assert planned.select(arm="kure", target=7.5) == []
     assert planned.select() == list(planned.runs)
+
+
+def test_a_sweep_is_completed_by_the_main_runs_of_its_networks_and_seeds():
+    sweep = plan("study").sweep("target")
+    labels = [(run.arm, run.config.regularizer.target if run.config.regularizer else None) for run in sweep.runs]
+    assert labels == [
+        *[("pretrained", None)] * 3, *[("control", None)] * 3,
+        *[("kure", target) for target in (1.4, 1.6, 1.8, 2.4, 3.0, 4.0, 6.0) for _ in range(3)],
+    ]  # fmt: skip
+    assert [run.seed for run in sweep.runs] == [0, 1, 2] * 9
+    assert sweep.models == ["resnet20"] and plan("study").sweep("coefficient").models == plan("study").models
+    assert plan("quick").sweep("coefficient").models == ["resnet20"]
+    assert plan("quick").sweep("scratch").runs == ()
 
 
 def test_notebooks_name_the_runs_they_need():
