@@ -107,7 +107,7 @@ class Plan:
             rows.append({
                 "model": run.model, "method": run.arm, "target": kure.target if kure else None,
                 "coefficient": kure.coefficient if kure else 0.0, "seed": run.seed,
-                "w_bits": spec.weight_bits or FULL, "a_bits": FULL, "grid": spec.grid,
+                "w_bits": spec.weight_bits or FULL, "a_bits": spec.activation_bits or FULL, "grid": spec.grid,
                 "step_ratio": spec.step_ratio, "top1": result.top1, "loss": result.loss,
                 "kurtosis": record.mean_kurtosis, "train_loss": record.curves.get("train_loss", [math.nan])[-1],
             })  # fmt: skip

@@ -1,20 +1,30 @@
 """A quantized network is a view of the full-precision one, for as long as a `with` block lasts."""
 
+import copy
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
+from kure_lib import activations, calibration
 from kure_lib.paths import KureError
-from kure_lib.quantizers import MID_RISE, Grid, quantize
+from kure_lib.quantizers import MID_RISE, UNSIGNED, Grid, quantize
 from kure_lib.steps import best_step
+from kure_lib.steps import power_of_two as nearest_power_of_two
+
+BATCH = 256  # images at a time for new batch-norm statistics
 
 
 class QuantizationSpec(BaseModel):
-    """How a network is quantized for an evaluation; the defaults are full precision."""
+    """How a network is quantized for an evaluation; the defaults are full precision.
+
+    The fields are those of `quantized`; `calibration` counts the training images, from the first on, from which
+    activations, batch-norm statistics and LAPQ's steps are learned.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,6 +33,20 @@ class QuantizationSpec(BaseModel):
     grid: str = "mid_rise"
     step_ratio: float = Field(1.0, gt=0)
     per_channel: bool = False
+    activation_bits: int | None = Field(None, ge=1, le=16)
+    activation_ratio: float = Field(1.0, gt=0)
+    power_of_two: bool = False
+    bias_correction: bool = False
+    fold_batch_norm: bool = False
+    reestimate_batch_norm: bool = False
+    calibration: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_calibration(cls, fields: dict) -> dict:
+        """Where calibration images are needed, how many of the first training images they are stands in the key."""
+        needed = fields.get("activation_bits") or fields.get("reestimate_batch_norm") or fields.get("method") == "lapq"
+        return {"calibration": calibration.IMAGES, **fields} if needed else fields
 
     @property
     def key(self) -> str:
@@ -37,18 +61,58 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class FakeQuantize(nn.Module):
-    """The parametrization W → Q_Δ(W)."""
+    """The parametrization W → Q_Δ(W); with `correction`, each output channel keeps its mean and variance."""
 
-    def __init__(self, step: Tensor, bits: int, grid: Grid):
+    def __init__(self, step: Tensor, bits: int, grid: Grid, correction: bool = False):
         super().__init__()
-        self.bits, self.grid = bits, grid
+        self.bits, self.grid, self.correction = bits, grid, correction
         self.register_buffer("step", step)
+        self._seen, self._kept = None, None
 
     def forward(self, weight: Tensor) -> Tensor:
-        return quantize(weight, self.step, self.bits, self.grid)
+        if torch.is_grad_enabled():
+            return self._levels(weight)
+        seen = weight.data_ptr(), weight._version, self.step._version
+        if seen != self._seen:  # quantize anew only what moved
+            self._seen, self._kept = seen, self._levels(weight)
+        return self._kept
+
+    def _levels(self, weight: Tensor) -> Tensor:
+        levels = quantize(weight, self.step, self.bits, self.grid)
+        return corrected(levels, weight) if self.correction else levels
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, {self.grid.name}, step {tuple(self.step.shape)}"
+
+
+def corrected(levels: Tensor, weight: Tensor) -> Tensor:
+    """The quantized weights, shifted and scaled so that each output channel has the mean and variance it had.
+
+    [C, …], both. A batch norm or the layer's own scale can absorb the two numbers a channel (Banner et al. 2019).
+    A channel that fell on a single level is only shifted.
+    """
+    dims = tuple(range(1, weight.dim()))
+    center, level_center = weight.mean(dims, keepdim=True), levels.mean(dims, keepdim=True)
+    spread = (levels - level_center).square().sum(dims, keepdim=True)
+    scale = ((weight - center).square().sum(dims, keepdim=True) / spread).sqrt()
+    return (levels - level_center) * torch.where(spread > 0, scale, 1.0) + center
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy of the model in which every batch norm is folded into the convolution before it.
+
+    Folding multiplies each output channel by a scale of its own: per tensor, the weights are no longer
+    distributed as they were.
+    """
+    model = copy.deepcopy(model).eval()
+    previous = None
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and isinstance(previous and previous[1], nn.Conv2d):
+            model.set_submodule(previous[0], fuse_conv_bn_eval(previous[1], module))
+            model.set_submodule(name, nn.Identity())
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            previous = name, module
+    return model
 
 
 @contextmanager
@@ -60,41 +124,90 @@ def quantized(
     step_ratio: float = 1.0,
     layers: Iterable[str] | None = None,
     per_channel: bool = False,
+    activation_bits: int | None = None,
+    activation_ratio: float = 1.0,
+    images: Tensor | None = None,
+    power_of_two: bool = False,
+    bias_correction: bool = False,
+    reestimate_batch_norm: bool = False,
+    steps: Mapping[str, Tensor] | None = None,
 ) -> Iterator[nn.Module]:
-    """The model with the weights of its layers quantized to `weight_bits`; None leaves them as they are.
+    """The model with the weights of its layers, and what its ReLUs put out, quantized; None leaves either as it is.
 
     The step of each layer is chosen by `method` (see `steps.best_step`) and multiplied by `step_ratio`, the
-    Δ/Δ̃ of the paper's Fig. 4. `layers` names the layers; the default is all but the first and the last.
-    The weights themselves are never written to: after the block, also when an exception leaves it, the
-    model is what it was. Raises `KureError` for an unknown layer and for weights that cannot be quantized.
+    Δ/Δ̃ of the paper's Fig. 4; `power_of_two` then rounds it. `layers` names the layers; the default is all
+    but the first and the last. Activations are quantized on the `UNSIGNED` grid, with steps calibrated on
+    `images` [N, C, H, W] by the same method and multiplied by `activation_ratio`. `steps` gives steps of layers
+    and sites instead of choosing them. `bias_correction` is that of `corrected`, `reestimate_batch_norm` that
+    of `calibration.reestimated_batch_norm`. A step of `steps` that is changed in place takes effect at the next
+    forward pass. Nothing is written into the model: after the block, also when an exception leaves it, it is
+    what it was. Raises `KureError` for an unknown layer, for weights that cannot be
+    quantized, and where calibration images are needed and there are none.
     """
+    chosen = _chosen(model, layers)
+    for ratio in (step_ratio, activation_ratio):
+        if not ratio > 0:
+            raise KureError(f"The step ratio must be above zero, not {ratio}.")
+    if (activation_bits or reestimate_batch_norm) and (images is None or not len(images)):
+        raise KureError("Activations and batch norms are calibrated on images: give at least one.")
+    given = dict(steps or {})
+
+    def final(step: Tensor, ratio: float) -> Tensor:
+        step = step if ratio == 1 else step * ratio
+        return nearest_power_of_two(step) if power_of_two else step
+
+    with ExitStack() as stack:
+        if activation_bits is not None:  # before the weights change
+            sites = set(activations.quantized_sites(model, images[:1]))
+            if not sites <= given.keys():
+                observed = calibration.observe(model, images)
+                given = calibration.activation_steps(observed, activation_bits, method) | given
+            site_steps = {site: final(given[site], activation_ratio) for site in sites}
+        if weight_bits is not None:
+            stack.callback(_restore, undo := [])
+            for name, layer in chosen.items():
+                if parametrize.is_parametrized(layer, "weight"):
+                    raise KureError(f"Layer '{name}' is quantized already: leave that block before this one begins.")
+                try:
+                    step = given[name] if name in given else best_step(
+                        layer.weight, weight_bits, grid, method, per_channel)  # fmt: skip
+                except KureError as error:
+                    raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
+                step = final(step, step_ratio).to(layer.weight.device)
+                order = list(layer._parameters)
+                parametrize.register_parametrization(
+                    layer, "weight", FakeQuantize(step, weight_bits, grid, bias_correction)
+                )
+                undo.append((layer, order))
+        if activation_bits is not None:
+            stack.enter_context(activations.replaced(model, _quantizer(site_steps, activation_bits)))
+        if reestimate_batch_norm:
+            stack.enter_context(calibration.reestimated_batch_norm(model, images.split(BATCH)))
+        yield model
+
+
+def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
     chosen = quantized_layers(model)
-    if layers is not None:
-        layers = list(layers)
-        if unknown := [name for name in layers if name not in chosen]:
-            raise KureError(f"'{unknown[0]}' is not a layer that is quantized: choose from {', '.join(chosen)}.")
-        chosen = {name: chosen[name] for name in layers}
-    if not step_ratio > 0:
-        raise KureError(f"The step ratio must be above zero, not {step_ratio}.")
-    if weight_bits is None:
-        yield model
-        return
-    parametrized = []
-    try:
-        for name, layer in chosen.items():
-            if parametrize.is_parametrized(layer, "weight"):
-                raise KureError(f"Layer '{name}' is quantized already: leave that block before this one begins.")
-            try:
-                step = best_step(layer.weight, weight_bits, grid, method, per_channel) * step_ratio
-            except KureError as error:
-                raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
-            view = FakeQuantize(step.to(layer.weight.device), weight_bits, grid)
-            order = list(layer._parameters)
-            parametrize.register_parametrization(layer, "weight", view)
-            parametrized.append((layer, order))
-        yield model
-    finally:
-        for layer, order in parametrized:
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            for name in order:  # an optimizer's state is kept by the order of the parameters
-                layer._parameters[name] = layer._parameters.pop(name)
+    if layers is None:
+        return chosen
+    layers = list(layers)
+    if unknown := [name for name in layers if name not in chosen]:
+        raise KureError(f"'{unknown[0]}' is not a layer that is quantized: choose from {', '.join(chosen)}.")
+    return {name: chosen[name] for name in layers}
+
+
+def _quantizer(site_steps: Mapping[str, Tensor], bits: int):
+    def replace(site: str, output: Tensor) -> Tensor:
+        if site not in site_steps:
+            return output
+        step = site_steps[site].to(output.device, torch.float32)
+        return quantize(output.float(), step, bits, UNSIGNED).to(output.dtype)
+
+    return replace
+
+
+def _restore(parametrized: list[tuple[nn.Module, list[str]]]) -> None:
+    for layer, order in parametrized:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        for name in order:  # an optimizer's state is kept by the order of the parameters
+            layer._parameters[name] = layer._parameters.pop(name)

@@ -9,13 +9,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from kure_lib import theory
 from kure_lib.paths import KureError
 from kure_lib.quantizers import MID_RISE, Grid, check_bits, levels
 
 COARSE, FINE = 512, 12  # points of the first scan and of each finer one
 VALLEYS, ROUNDS = 12, 1  # valleys that are followed, and finer scans after the first
+SCAN, SAMPLE = 48, 2**16  # steps tried, and values looked at, for norms other than the second
 
 
 class EmpiricalDistribution:
@@ -110,7 +113,51 @@ def _brackets(steps: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndar
     return steps[row, np.maximum(best - 1, 0)], steps[row, np.minimum(best + 1, steps.shape[1] - 1)]
 
 
-METHODS: dict[str, Callable[[EmpiricalDistribution, int, Grid], float]] = {"mse": mse_step, "max_abs": max_abs_step}
+def percentile_step(x: EmpiricalDistribution, bits: int, grid: Grid, percent: float = 99.9) -> float:
+    """The step whose outermost level is a percentile of the magnitudes, 99.9 unless named."""
+    magnitudes = np.abs(x.values)
+    return float(np.percentile(magnitudes[magnitudes > 0], percent)) / grid.outermost(bits)
+
+
+def lp_step(x: EmpiricalDistribution, bits: int, grid: Grid, p: float = 2.0) -> float:
+    """The step of least E|X − Q_Δ(X)|^p, on at most `SAMPLE` quantiles of the tensor; LAPQ starts here.
+
+    A large p minds the clipped values more, a small one the many in the middle.
+    """
+    values = x.values[:: -(-x.values.size // SAMPLE)].astype(np.float64)
+    level = levels(bits, grid).numpy()
+
+    def error(step: float) -> float:
+        code = np.clip(np.round(values / step - grid.offset) + grid.offset, level[0], level[-1])
+        return float((np.abs(values - step * code) ** p).mean())
+
+    widest = 2 * max_abs_step(x, bits, grid)
+    steps = np.geomspace(widest * min(0.1, x.mean_abs / (4 * x.max_abs)), widest, SCAN)
+    best = int(np.argmin([error(step) for step in steps]))
+    bounds = steps[max(best - 1, 0)], steps[min(best + 1, SCAN - 1)]
+    return float(minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 1e-4 * bounds[0]}).x)
+
+
+def aciq_step(x: EmpiricalDistribution, bits: int, grid: Grid, family: str | None = None) -> float:
+    """The optimal step of a `normal`, `laplace` or `uniform` distribution fitted to the tensor (Banner et al. 2019).
+
+    Without a name the family is the one whose E|X|/√E[X²] is closest to the tensor's. On an unsigned grid the
+    positive values are taken for one half of a symmetric distribution.
+    """
+    count = x.values.size if grid.signed else max(np.count_nonzero(x.values > 0), 1)
+    size, rms = x.mean_abs * x.values.size / count, (x.squares[-1] / count) ** 0.5
+    fitted = {"normal": theory.Normal(rms), "laplace": theory.Laplace(size), "uniform": theory.Uniform(x.max_abs)}
+    ratios = {"normal": (2 / np.pi) ** 0.5, "laplace": 0.5**0.5, "uniform": 0.75**0.5}
+    family = family or min(ratios, key=lambda name: abs(ratios[name] - size / rms))
+    if family not in fitted:
+        raise KureError(f"Unknown family '{family}' for aciq: choose one of {', '.join(fitted)}.")
+    return float(theory.optimal_step(fitted[family], bits, grid))
+
+
+METHODS: dict[str, Callable[..., float]] = {
+    "mse": mse_step, "max_abs": max_abs_step, "percentile": percentile_step, "lp": lp_step, "aciq": aciq_step,
+}  # fmt: skip
+ARGUMENTS = {"percentile": float, "lp": float, "aciq": str}
 
 
 def best_step(
@@ -118,15 +165,23 @@ def best_step(
 ) -> Tensor:
     """The step Δ for a tensor, float32 without dimensions; or for each channel, of shape [C, 1, …, 1].
 
-    `method` is `mse` (least mean squared error, Δ̃ of the paper) or `max_abs` (no clipping). To ask for
-    several bit-widths of one tensor, hand over an `EmpiricalDistribution` of it. Raises `KureError` for an
-    unknown method, and for a tensor that is empty, all zero, or has infinite or NaN values.
+    `method` is `mse` (least mean squared error, Δ̃ of the paper), `max_abs` (no clipping), `percentile:99.9`,
+    `lp:2.5` (least p-norm of the error) or `aciq:laplace` (optimal for a fitted distribution); what follows the
+    colon may be left out. To ask for several bit-widths of one tensor, hand over an `EmpiricalDistribution` of
+    it. Raises `KureError` for an unknown method, and for a tensor that is empty, all zero, or has infinite or
+    NaN values.
 
     >>> best_step(torch.linspace(-1, 1, 1001), bits=2).item()
     0.5...
     """
-    if method not in METHODS:
+    name, _, argument = method.partition(":")
+    if name not in METHODS:
         raise KureError(f"Unknown method '{method}' to choose a step: choose one of {', '.join(METHODS)}.")
+    try:
+        arguments = [ARGUMENTS[name](argument)] if argument else []
+    except (KeyError, ValueError):
+        raise KureError(f"The method '{method}' cannot be read: write for example lp:2.5, percentile:99.9 or "
+                        "aciq:laplace; mse and max_abs stand alone.") from None  # fmt: skip
     check_bits(bits)
     if per_channel:
         steps = [best_step(channel, bits, grid, method) for channel in x]
@@ -134,7 +189,7 @@ def best_step(
     x = _as_distribution(x)
     if x.max_abs == 0:
         raise KureError("Cannot choose a step for a tensor that is zero everywhere.")
-    step = METHODS[method](x, bits, grid)
+    step = METHODS[name](x, bits, grid, *arguments)
     if not step > 0:
         raise KureError(f"No step suits the tensor: the {bits}-bit grid {grid.name} has no levels on its side of zero.")
     return torch.tensor(step, dtype=torch.float32)

@@ -22,8 +22,8 @@ from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 FLOORS = (
     {"theory", "paper", "paths"},
     {"kurtosis", "regularizers", "uniformizing", "quantizers", "steps"},
-    {"data", "models", "training", "ptq", "qat", "evaluation"},
-    {"runs", "verdicts", "show"},
+    {"data", "models", "training", "activations", "calibration", "ptq", "lapq", "qat", "evaluation"},
+    {"records", "runs", "verdicts", "show"},
     {"__main__", "study", "plans", "notebooks", "report"},
 )
 MODULES = sorted((ROOT / "kure_lib").glob("*.py"))

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import kurtosis as scipy_kurtosis
 
 from conftest import same_weights
-from kure_lib import data, evaluation, ptq, runs, training
+from kure_lib import data, evaluation, ptq, records, runs, training
 from kure_lib.paths import ROOT, KureError
 from kure_lib.runs import QuantizationSpec, Record, RunConfig
 
@@ -71,7 +71,7 @@ def test_a_second_get_finds_the_record_and_does_not_train(files, config):
 
 def test_a_record_survives_being_written(files, config):
     before = files[0].read_bytes()
-    runs._write(runs.find(config))
+    records.write(runs.find(config))
     assert files[0].read_bytes() == before
     assert json.loads(before)["config"]["learning_rate"] == 0.05
     assert not (files[0].parents[1] / "checkpoints" / f"{files[0].stem}.pt").exists()
@@ -158,7 +158,7 @@ def test_damaged_or_missing_weights_are_named(files, config):
     content = bytearray(files[1].read_bytes())
     content[-1] ^= 1
     files[1].write_bytes(content)
-    runs._network.cache_clear()  # a network in memory would do without the file
+    records._network.cache_clear()  # a network in memory would do without the file
     with pytest.raises(KureError, match=rf"The weights {files[1]} are damaged"):
         runs.get(config).network()
     files[1].unlink()
@@ -204,7 +204,7 @@ def test_the_specifications_key_counts_what_is_not_a_default():
             QuantizationSpec(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"grid": "fp8"}, {"method": "lapq"}])
+@pytest.mark.parametrize("wrong", [{"grid": "fp8"}, {"method": "kl"}])
 def test_a_wrong_specification_is_an_error_and_writes_nothing(files, config, wrong, results_folder):
     before = everything(results_folder)
     with pytest.raises(KureError, match=next(iter(wrong.values()))):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kure_lib import paper
+from kure_lib import paper, theory
 from kure_lib.paths import KureError
 from kure_lib.quantizers import GRIDS, MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, levels, quantize
 from kure_lib.steps import EmpiricalDistribution, best_step, mse_curve, power_of_two
@@ -168,6 +168,74 @@ def test_a_step_needs_no_gradient_and_leaves_the_tensor():
     before = x.detach().clone()
     assert not best_step(x, 4).requires_grad
     assert torch.equal(x, before)
+
+
+LAWS = {
+    "normal": (torch.randn, theory.Normal(1.0)),
+    "laplace": (lambda n: torch.distributions.Laplace(0.0, 1.0).sample((n,)), theory.Laplace(1.0)),
+    "uniform": (lambda n: torch.rand(n) * 2 - 1, theory.Uniform(1.0)),
+}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("law", LAWS)
+def test_aciq_recognizes_a_law_and_takes_its_optimal_step(law, bits):
+    torch.manual_seed(0)
+    draw, dist = LAWS[law]
+    x = draw(200_000)
+    for grid in (MID_RISE, SIGNED_INT):
+        expected = theory.optimal_step(dist, bits, grid)
+        assert best_step(x, bits, grid, "aciq").item() == pytest.approx(expected, rel=0.01)
+        assert best_step(x, bits, grid, f"aciq:{law}").item() == best_step(x, bits, grid, "aciq").item()
+        assert best_step(x, bits, grid, "mse").item() == pytest.approx(expected, rel=0.05)  # the tensor's own
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_aciq_after_a_relu_is_that_of_half_the_law(law):
+    torch.manual_seed(0)
+    x = LAWS[law][0](200_000).clamp(min=0)
+    assert best_step(x, 4, UNSIGNED, "aciq").item() == pytest.approx(best_step(x, 4, UNSIGNED).item(), rel=0.05)
+
+
+@EVERY_GRID
+@pytest.mark.parametrize("p", [2.0, 3.0, 4.0])
+def test_no_step_of_400_has_a_smaller_p_norm(grid, p):
+    torch.manual_seed(0)
+    x = torch.randn(5000).abs() if not grid.signed else torch.randn(5000)
+    step = best_step(x, 3, grid, f"lp:{p}")
+
+    def error(step):
+        return (x - quantize(x, step, 3, grid)).abs().double().pow(p).mean().item()
+
+    tried = torch.linspace(0.2, 3, 400) * step
+    assert error(step) <= min(error(each) for each in tried) * (1 + 1e-3)
+
+
+def test_the_second_norm_is_the_mean_squared_error():
+    torch.manual_seed(0)
+    x = EmpiricalDistribution(torch.randn(50_000))
+    for bits in (2, 4):
+        steps = [best_step(x, bits, method=method).item() for method in ("lp", "lp:2", "mse")]
+        errors = mse_curve(x, steps, bits)
+        assert errors.max() <= errors.min() * (1 + 1e-3)
+    assert best_step(x, 4, method="lp:4") > best_step(x, 4, method="lp:2")  # minds the clipped ones more
+
+
+def test_a_percentile_clips_the_share_it_names():
+    x = torch.linspace(-1, 1, 10_001)
+    for percent in (90.0, 99.0, 99.9):
+        clip = best_step(x, 4, method=f"percentile:{percent}") * MID_RISE.outermost(4)
+        assert (x.abs() > clip).float().mean().item() == pytest.approx(1 - percent / 100, abs=2e-4)
+    assert best_step(x, 4, method="percentile:99.9") == best_step(x, 4, method="percentile")
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("lp:two", "lp:two"), ("mse:3", "mse and max_abs stand alone"), ("aciq:gamma", "family 'gamma'"), ("kl", "'kl'")],
+)
+def test_a_method_that_cannot_be_read_is_an_error(method, said):
+    with pytest.raises(KureError, match=said):
+        best_step(torch.randn(10), 4, method=method)
 
 
 @given(st.floats(1e-12, 1e12))

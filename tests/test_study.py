@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from conftest import TINY, same_weights
-from kure_lib import notebooks, runs, study
+from kure_lib import notebooks, records, runs, study
 from kure_lib.paths import KureError
 from kure_lib.plans import ARMS, KURE, NEEDS, PROFILES, Plan, Planned, needed, plan
 from kure_lib.training import KureConfig, RunConfig
@@ -184,7 +184,7 @@ def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_fol
 
     def kill():
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (runs.find(control) and runs._checkpoint_path(kure).exists()):
+        while time.monotonic() < deadline and not (runs.find(control) and records.checkpoint_path(kure).exists()):
             time.sleep(0.1)
         time.sleep(1)  # the study has seen by now that the control is done
         os.kill(next(iter(workers[0]._processes)), signal.SIGKILL)
@@ -195,7 +195,7 @@ def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_fol
         study.train(planned, jobs=2)
     killer.join()
     assert runs.find(first) and runs.find(control) and not runs.find(kure)
-    assert runs._checkpoint_path(kure).exists()
+    assert records.checkpoint_path(kure).exists()
     deadline = time.monotonic() + 20
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.1)
