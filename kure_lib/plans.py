@@ -211,6 +211,9 @@ def open(profile: str) -> Plan:
     return planned
 
 
+#: Parameters of notebooks, other than the profile, that a profile changes.
+PARAMETERS = {"smoke": {"02": {"image_count": 50}}}
+
 #: Parts of the plan that a notebook reads; a notebook that is not named here trains nothing.
 NEEDS = {
     "02": {"main"},

@@ -42,6 +42,7 @@ __all__ = [
 ]  # fmt: skip
 
 BINS = 80  # of a layer's histogram
+EVALUATION_WAIT = 600  # seconds for which an evaluation waits for one of the same network in another process
 
 
 def _options(record: Record, spec: QuantizationSpec) -> dict[str, Any]:
@@ -101,15 +102,15 @@ def evaluate(record: Record, spec: QuantizationSpec = QuantizationSpec()) -> Eva
     if checking():
         raise KureError(f"{record_path(record.config)} does not hold the evaluation {spec.key}: nothing is "
                         "evaluated in check mode; run the notebook without it first.")  # fmt: skip
-    split = data.load(record.config.data, "test").head(record.config.train_size)
-    with ptq.quantized(record.network(spec.fold_batch_norm), **_options(record, spec)) as model:
-        result = evaluation.evaluate(model, split)
-    with locked(record.config, wait=60):
+    with locked(record.config, wait=EVALUATION_WAIT):  # another notebook may be making the same one
         kept = find(record.config)
         record.evaluations.update(kept.evaluations if kept else {})
-        record.evaluations[spec.key] = result
-        write(record)
-    return result
+        if spec.key not in record.evaluations:
+            split = data.load(record.config.data, "test").head(record.config.train_size)
+            with ptq.quantized(record.network(spec.fold_batch_norm), **_options(record, spec)) as model:
+                record.evaluations[spec.key] = evaluation.evaluate(model, split)
+            write(record)
+    return record.evaluations[spec.key]
 
 
 def _summaries(model: nn.Module) -> list[LayerSummary]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kure_lib import evaluation, notebooks, report, runs
 from kure_lib.paths import KureError, results, use_profile
-from kure_lib.plans import ARMS, FULL, PROFILES, Plan, Planned, needed, open, plan
+from kure_lib.plans import ARMS, FULL, PARAMETERS, PROFILES, Plan, Planned, needed, open, plan
 from kure_lib.training import RunConfig
 
 __all__ = ["ARMS", "FULL", "PROFILES", "Plan", "Planned", "describe", "needed", "open", "plan", "run", "train"]
@@ -143,6 +143,31 @@ class _Progress:
         self.total.close()
 
 
+def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> None:
+    """Execute notebooks, several at once; 00 shows the verdicts of all others, so it comes last and alone."""
+    others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
+    with tqdm(total=len(others) + len(last), desc="notebooks", unit="notebook", disable=None) as bar:
+
+        def execute(stem: str) -> None:
+            if bar.disable:
+                print(f"executing {stem}", flush=True)
+            notebooks.execute(stem, profile, parameters=PARAMETERS.get(profile, {}).get(stem[:2]))
+            bar.update()
+
+        pool = concurrent.futures.ThreadPoolExecutor(jobs)
+        try:
+            for finished in concurrent.futures.as_completed([pool.submit(execute, stem) for stem in others]):
+                finished.result()
+            for stem in last:
+                execute(stem)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            raise
+
+
 def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jobs: int | None = None) -> Path:
     """Train what is missing, execute the notebooks, build the report; returns the report's path.
 
@@ -159,12 +184,7 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
                 for item in chosen.runs:
                     runs.forget(item.config)
             train(chosen, jobs)
-            # 00 shows the verdicts of all others, so it comes last
-            order = sorted(stems, key=lambda stem: stem.startswith("00"))
-            for stem in tqdm(order, desc="notebooks", unit="notebook", disable=None):
-                if not sys.stderr.isatty():
-                    print(f"executing {stem}", flush=True)
-                notebooks.execute(stem, profile)
+            _execute_all(stems, profile, jobs or workers())
             return report.build(profile)
     except Timeout:
         raise KureError(f"Another study is writing to {results()}: wait until it is done, or stop it.") from None

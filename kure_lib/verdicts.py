@@ -2,11 +2,14 @@
 
 import json
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from kure_lib import paths
 from kure_lib.paths import KureError
@@ -59,10 +62,11 @@ def record(id: str, outcome: str, evidence: str, notebook: str | None = None) ->
     _require(f"notebook of {id}", notebook, claim.notebooks)
 
     verdict = {"id": id, "outcome": outcome, "evidence": evidence, "notebook": notebook}
-    if len(claim.notebooks) > 1:
-        parts = _read(id).get("parts", {}) | {notebook: {"outcome": outcome, "evidence": evidence}}
-        verdict = _merged(claim, parts)
-    paths.keep(_file(id), json.dumps(verdict, indent=2, ensure_ascii=False) + "\n")
+    with _alone(id):
+        if len(claim.notebooks) > 1:
+            parts = _read(id).get("parts", {}) | {notebook: {"outcome": outcome, "evidence": evidence}}
+            verdict = _merged(claim, parts)
+        paths.keep(_file(id), json.dumps(verdict, indent=2, ensure_ascii=False) + "\n")
     print(f"{id} · {outcome} · {evidence}")
 
 
@@ -112,6 +116,18 @@ def _merged(claim: Claim, parts: dict[str, dict[str, str]]) -> dict:
         "notebook": ", ".join(parts),
         "parts": parts,
     }
+
+
+@contextmanager
+def _alone(id: str) -> Iterator[None]:
+    """Two notebooks that judge one claim may be executed at the same time; in check mode nothing is written."""
+    if paths.checking():
+        yield
+        return
+    lock = paths.results() / "checkpoints" / f"verdict-{id}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        yield
 
 
 def _file(id: str) -> Path:

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from conftest import TINY, same_weights
-from kure_lib import notebooks, records, runs, study
+from kure_lib import notebooks, paths, records, runs, study
 from kure_lib.paths import KureError
 from kure_lib.plans import ARMS, KURE, NEEDS, PROFILES, Plan, Planned, needed, plan
 from kure_lib.training import KureConfig, RunConfig
@@ -124,7 +124,7 @@ def test_notebooks_name_the_runs_they_need():
 
 def test_opening_a_profile_makes_it_the_ambient_one(results_folder):
     assert study.open("smoke") == plan("smoke")
-    assert runs.results() == results_folder.parent / "smoke"
+    assert paths.results() == results_folder.parent / "smoke"
 
 
 # Training in several processes
