@@ -17,13 +17,15 @@ from kure_lib.steps import best_step
 from kure_lib.steps import power_of_two as nearest_power_of_two
 
 BATCH = 256  # images at a time for new batch-norm statistics
+TRAINED_METHODS = ("dorefa", "lsq")  # steps that quantization-aware training left (see `qat`)
 
 
 class QuantizationSpec(BaseModel):
     """How a network is quantized for an evaluation; the defaults are full precision.
 
     The fields are those of `quantized`; `calibration` counts the training images, from the first on, from which
-    activations, batch-norm statistics and LAPQ's steps are learned.
+    activations, batch-norm statistics and LAPQ's steps are learned. The methods `dorefa` and `lsq` stand for the
+    quantizer that a network was trained with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +48,7 @@ class QuantizationSpec(BaseModel):
     def _name_calibration(cls, fields: dict) -> dict:
         """Where calibration images are needed, how many of the first training images they are stands in the key."""
         needed = fields.get("activation_bits") or fields.get("reestimate_batch_norm") or fields.get("method") == "lapq"
+        needed = needed and fields.get("method") not in TRAINED_METHODS
         return {"calibration": calibration.IMAGES, **fields} if needed else fields
 
     @property
@@ -70,8 +73,8 @@ class FakeQuantize(nn.Module):
         self._seen, self._kept = None, None
 
     def forward(self, weight: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._levels(weight)
+        if torch.is_grad_enabled() or weight.is_inference() or self.step.is_inference():
+            return self._levels(weight)  # to be differentiated, or without a version to know it by
         seen = weight.data_ptr(), weight._version, self.step._version
         if seen != self._seen:  # quantize anew only what moved
             self._seen, self._kept = seen, self._levels(weight)
@@ -164,21 +167,16 @@ def quantized(
                 given = calibration.activation_steps(observed, activation_bits, method) | given
             site_steps = {site: final(given[site], activation_ratio) for site in sites}
         if weight_bits is not None:
-            stack.callback(_restore, undo := [])
+            stack.enter_context(restored(chosen))
             for name, layer in chosen.items():
-                if parametrize.is_parametrized(layer, "weight"):
-                    raise KureError(f"Layer '{name}' is quantized already: leave that block before this one begins.")
                 try:
                     step = given[name] if name in given else best_step(
                         layer.weight, weight_bits, grid, method, per_channel)  # fmt: skip
                 except KureError as error:
                     raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
                 step = final(step, step_ratio).to(layer.weight.device)
-                order = list(layer._parameters)
-                parametrize.register_parametrization(
-                    layer, "weight", FakeQuantize(step, weight_bits, grid, bias_correction)
-                )
-                undo.append((layer, order))
+                fake_quantize = FakeQuantize(step, weight_bits, grid, bias_correction)
+                parametrize.register_parametrization(layer, "weight", fake_quantize)
         if activation_bits is not None:
             stack.enter_context(activations.replaced(model, _quantizer(site_steps, activation_bits)))
         if reestimate_batch_norm:
@@ -206,8 +204,21 @@ def _quantizer(site_steps: Mapping[str, Tensor], bits: int):
     return replace
 
 
-def _restore(parametrized: list[tuple[nn.Module, list[str]]]) -> None:
-    for layer, order in parametrized:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-        for name in order:  # an optimizer's state is kept by the order of the parameters
-            layer._parameters[name] = layer._parameters.pop(name)
+@contextmanager
+def restored(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """After the block the layers' weights are plain parameters again, the same objects in the same order.
+
+    Raises `KureError` if one of them is parametrized already.
+    """
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise KureError(f"Layer '{name}' is quantized already: leave that block before this one begins.")
+    orders = {name: list(layer._parameters) for name, layer in layers.items()}
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            if parametrize.is_parametrized(layer, "weight"):
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            for parameter in orders[name]:  # an optimizer's state is kept by the order of the parameters
+                layer._parameters[parameter] = layer._parameters.pop(parameter)

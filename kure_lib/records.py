@@ -34,13 +34,14 @@ class LayerSummary(Frozen):
 
 
 class Record(Frozen):
-    """A finished run."""
+    """A finished run; `steps` are those that LSQ learned, by layer and activation site."""
 
     key: str
     config: RunConfig
     curves: dict[str, list[float]]
     layer_kurtosis: dict[str, list[float]]
     layers: list[LayerSummary]
+    steps: dict[str, float] = {}
     weights_sha256: str
     provenance: dict[str, Any]
     evaluations: dict[str, Evaluation] = {}

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from kure_lib.kurtosis import kurtosis
 from kure_lib.paths import KureError
@@ -18,6 +19,11 @@ def regularized_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
     """
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     return dict(list(convolutions.items())[1:])
+
+
+def latent_weight(layer: nn.Module) -> Tensor:
+    """The full-precision weight of a layer, also while it is trained quantized."""
+    return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
 
 class KurtosisRegularizer:
@@ -63,7 +69,7 @@ class KurtosisRegularizer:
 
     def _kurtosis(self, name: str) -> Tensor:
         try:
-            return kurtosis(self._layers[name].weight, per_channel=self.per_channel)
+            return kurtosis(latent_weight(self._layers[name]), per_channel=self.per_channel)
         except KureError as error:
             raise KureError(f"Layer '{name}' cannot be regularized: {error}") from None
 

@@ -8,6 +8,7 @@ lie beside it. In check mode nothing is computed: what is missing is an error.
 import hashlib
 import platform
 import subprocess
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torchvision
 from torch import nn
 
-from kure_lib import calibration, data, evaluation, lapq, ptq, training
+from kure_lib import activations, calibration, data, evaluation, lapq, ptq, qat, training
 from kure_lib.evaluation import Evaluation
 from kure_lib.kurtosis import kurtosis
 from kure_lib.paths import ROOT, KureError, checking, write_atomically
@@ -45,15 +46,34 @@ BINS = 80  # of a layer's histogram
 EVALUATION_WAIT = 600  # seconds for which an evaluation waits for one of the same network in another process
 
 
-def _options(record: Record, spec: QuantizationSpec) -> dict[str, Any]:
-    """The arguments of `ptq.quantized` that a specification stands for."""
+def _view(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.Module]:
+    """The network of a record, quantized as a specification says."""
+    if spec.method in ptq.TRAINED_METHODS:
+        return _trained_view(record, spec)
     options = spec.model_dump(exclude={"grid", "fold_batch_norm", "calibration"}) | {"grid": grid_named(spec.grid)}
     if spec.calibration:
         options["images"], _ = calibration.images(record.config.data, spec.calibration)
     if spec.method == "lapq":
         options["method"] = "mse"
         options["steps"] = _lapq(record, spec.weight_bits, spec.activation_bits, spec.grid, spec.calibration)
-    return options
+    return ptq.quantized(record.network(spec.fold_batch_norm), **options)
+
+
+def _trained_view(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.Module]:
+    """The network with the quantizer it was trained with, at the bit-widths and the weight step ratio of `spec`."""
+    trained = record.config.quantization
+    if trained is None or trained.method != spec.method:
+        raise KureError(f"{record.config.label} was not trained with {spec.method}: choose another method.")
+    asked = {"method": spec.method, "weight_bits": spec.weight_bits, "step_ratio": spec.step_ratio,
+             "activation_bits": spec.activation_bits}  # fmt: skip
+    if spec != QuantizationSpec(**asked) or spec.activation_bits not in (None, trained.activation_bits):
+        raise KureError(f"A network trained with {spec.method} is evaluated at any weight_bits and step_ratio, and at "
+                        f"activation_bits {trained.activation_bits} or none: leave other options out.")  # fmt: skip
+    model = record.network()
+    image = next(data.load(record.config.data, "train").head(1).batches(1))[0].to(evaluation.device())
+    sites = activations.quantized_sites(model, image)
+    del asked["method"]
+    return qat.quantized(model, trained, qat.Steps.of(record.steps), sites, **asked)
 
 
 @lru_cache(maxsize=8)
@@ -107,7 +127,7 @@ def evaluate(record: Record, spec: QuantizationSpec = QuantizationSpec()) -> Eva
         record.evaluations.update(kept.evaluations if kept else {})
         if spec.key not in record.evaluations:
             split = data.load(record.config.data, "test").head(record.config.train_size)
-            with ptq.quantized(record.network(spec.fold_batch_norm), **_options(record, spec)) as model:
+            with _view(record, spec) as model:
                 record.evaluations[spec.key] = evaluation.evaluate(model, split)
             write(record)
     return record.evaluations[spec.key]

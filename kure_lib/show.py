@@ -145,7 +145,7 @@ def pivot(
     """
     groups = frame.groupby([*rows, columns], sort=False, dropna=False)[value]
     cells = groups.agg(lambda values: format_interval(values, digits, sign)).unstack(columns, sort=False)
-    return cells.rename(index=NAME).rename_axis(index={"model": "network", "method": "arm"})
+    return cells.rename(index=NAME, columns=NAME).rename_axis(index={"model": "network", "method": "arm"})
 
 
 def gain(frame: pd.DataFrame, keys: list[str], value: str = "top1") -> pd.DataFrame:

@@ -5,13 +5,13 @@ once, which is faster than several threads for one net of this size, and what a 
 depend on how many cores the machine has.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,10 +19,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from kure_lib import data, evaluation, models
+from kure_lib import activations, data, evaluation, models, qat
 from kure_lib.kurtosis import kurtosis
 from kure_lib.paths import KureError, write_atomically
-from kure_lib.regularizers import KurtosisRegularizer, regularized_layers
+from kure_lib.qat import QatConfig
+from kure_lib.regularizers import KurtosisRegularizer, latent_weight, regularized_layers
 
 TRAINING_VERSION = 1  # raise it when the same configuration would give other weights
 
@@ -65,6 +66,7 @@ class RunConfig(Frozen):
     decay_every: int | None = Field(None, ge=1)
     decay_factor: Positive = 0.1
     regularizer: KureConfig | None = None
+    quantization: QatConfig | None = None
 
     @property
     def key(self) -> str:
@@ -80,14 +82,17 @@ class RunConfig(Frozen):
         """A readable name; together with the key it names the files of the run."""
         kure = self.regularizer
         what = f"kure-{kure.target:g}-{kure.coefficient:g}" if kure else "control" if self.start else "pretrained"
-        return f"{self.model}-{what}{'-scratch' if kure and not self.start else ''}-seed{self.seed}"
+        qat = self.quantization
+        trained = f"{qat.method}-{qat.weight_bits}-{qat.activation_bits}-" if qat else ""
+        return f"{self.model}-{trained}{what}{'-scratch' if kure and not self.start else ''}-seed{self.seed}"
 
 
 class Trained(BaseModel):
-    """What a finished run leaves behind, next to the weights: one value an epoch in each curve."""
+    """What a finished run leaves behind, next to the weights: one value an epoch in each curve, and learned steps."""
 
     curves: dict[str, list[float]]
     layer_kurtosis: dict[str, list[float]]
+    steps: dict[str, float] = {}
 
 
 def fit(
@@ -110,26 +115,28 @@ def fit(
     if start is not None:
         model.load_state_dict(start)
     model.to(evaluation.device())
+    steps, view = _quantized(model, config, train)
+    groups = [{"params": model.parameters()}] + ([{"params": steps.values(), "weight_decay": 0}] if steps else [])
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0,
+        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0,
         weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     schedule = _schedule(config, optimizer, train.steps_per_epoch(config.batch_size))
     kure = config.regularizer
     regularizer = KurtosisRegularizer(model, **kure.model_dump()) if kure else lambda: torch.zeros(())
-    history = Trained(curves={}, layer_kurtosis={})
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    finished = _resume(checkpoint, state, history) if checkpoint else 0
-    with single_thread():
+    history, watched = Trained(curves={}, layer_kurtosis={}), regularized_layers(model)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"steps": steps} if steps else {})
+    with single_thread(), view:
+        finished = _resume(checkpoint, state, history) if checkpoint else 0
         for epoch in range(finished, config.epochs):
             began = time.perf_counter()
             diverged = f"Training {config.label} diverged in epoch {epoch + 1}: lower its learning rate"
             try:
                 values = train_epoch(model, train, regularizer, optimizer, schedule, config, epoch)
-                layers = {name: kurtosis(layer.weight).item() for name, layer in regularized_layers(model).items()}
+                layers = {name: kurtosis(latent_weight(layer)).item() for name, layer in watched.items()}
             except KureError as error:  # weights that have no kurtosis
                 raise KureError(f"{diverged} ({str(error).rstrip('.')}).") from error
-            if not math.isfinite(values["train_loss"]):
+            if not math.isfinite(values["train_loss"]) or min(steps.as_numbers().values(), default=1) <= 0:
                 raise KureError(f"{diverged}.")
             result = evaluation.evaluate(model, test)
             values |= {"test_loss": result.loss, "test_top1": result.top1,
@@ -140,7 +147,18 @@ def fit(
             if checkpoint:
                 _save(checkpoint, epoch + 1, state, history)
             on_epoch(epoch + 1, values)
+    history.steps.update(steps.as_numbers())
     return model.eval(), history
+
+
+def _quantized(model: nn.Module, config: RunConfig, train: data.Split) -> tuple[qat.Steps, AbstractContextManager]:
+    """The steps to learn, and the view in which to train; no steps and the model itself for full precision."""
+    if config.quantization is None:
+        return qat.Steps(), nullcontext()
+    images, _ = next(train.batches(config.batch_size))
+    steps = qat.initial_steps(model, config.quantization, images.to(evaluation.device()))
+    sites = activations.quantized_sites(model, images[:1].to(evaluation.device()))
+    return steps, qat.quantized(model, config.quantization, steps, sites)
 
 
 def train_epoch(model, train, regularizer, optimizer, schedule, config, epoch) -> dict[str, float]:
@@ -185,7 +203,7 @@ def _schedule(config: RunConfig, optimizer: torch.optim.Optimizer, steps: int):
     )
 
 
-@contextlib.contextmanager
+@contextmanager
 def single_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

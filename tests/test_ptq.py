@@ -158,3 +158,11 @@ def test_gradients_reach_the_weights_through_the_view(tiny_model):
     with quantized(tiny_model, 4):
         tiny_model(torch.randn(2, 1, 10, 10)).square().sum().backward()
     assert tiny_model[4].weight.grad.abs().sum() > 0
+
+
+def test_under_inference_mode_the_view_computes_the_same(tiny_model):
+    images = torch.randn(4, 1, 10, 10)
+    with torch.no_grad(), quantized(tiny_model, 3) as view:
+        expected = view(images)
+    with torch.inference_mode(), quantized(tiny_model, 3) as view:
+        assert torch.equal(view(images), expected)

@@ -14,6 +14,7 @@ from scipy.stats import kurtosis as scipy_kurtosis
 from conftest import TINY, same_weights
 from kure_lib import data, evaluation, models, training
 from kure_lib.paths import KureError
+from kure_lib.qat import QatConfig
 from kure_lib.regularizers import regularized_layers
 from kure_lib.training import KureConfig, RunConfig, fit
 
@@ -48,6 +49,7 @@ CHANGES = {
     "model": "mobilenet_v2_050", "data": "cifar10", "train_size": 100, "seed": 2, "start": None, "pretrained": True,
     "epochs": 5, "learning_rate": 0.05, "weight_decay": 0.0, "batch_size": 128, "momentum": 0.8, "decay_every": 2,
     "decay_factor": 0.2, "regularizer": None,
+    "quantization": QatConfig(method="lsq", weight_bits=4, activation_bits=4),
 }  # fmt: skip
 
 
@@ -56,11 +58,15 @@ def test_the_key_counts_every_field(monkeypatch):
     keys = {KNOWN.model_copy(update={name: value}).key for name, value in CHANGES.items()}
     for change in ({"target": 2.0}, {"coefficient": 0.5}, {"reduction": "sum"}, {"per_channel": True}):
         keys.add(KNOWN.model_copy(update={"regularizer": KureConfig(**change)}).key)
+    quantized = {"method": "dorefa"}, {"weight_bits": 3}, {"activation_bits": 8}
+    for change in quantized:
+        other = CHANGES["quantization"].model_copy(update=change)
+        keys.add(KNOWN.model_copy(update={"quantization": other}).key)
     keys.add(KNOWN.model_copy(update={"start": KNOWN.start.model_copy(update={"seed": 5})}).key)
     monkeypatch.setattr(training, "TRAINING_VERSION", training.TRAINING_VERSION + 1)
     keys.add(KNOWN.key)
     monkeypatch.undo()
-    assert len(keys - {KNOWN.key}) == len(CHANGES) + 6
+    assert len(keys - {KNOWN.key}) == len(CHANGES) + 9
 
 
 def test_a_configuration_survives_json():
