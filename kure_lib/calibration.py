@@ -28,18 +28,18 @@ def images(name: str, size: int = IMAGES) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def observe(model: nn.Module, batch: Tensor) -> dict[str, EmpiricalDistribution]:
-    """The activations at every quantized site of the model in full precision, for a batch of images [N, C, H, W]."""
+    """The activations at every quantized site of the model in float32, for a batch of images [N, C, H, W]."""
     wanted = set(activations.quantized_sites(model, batch[:1]))
     seen: dict[str, EmpiricalDistribution] = {}
 
     def note(site: str, output: Tensor) -> Tensor:
         if site in wanted:
             values = output.flatten()
-            seen[site] = EmpiricalDistribution(values[:: -(-values.numel() // KEPT)].float())
+            seen[site] = EmpiricalDistribution(values[:: -(-values.numel() // KEPT)])
         return output
 
     model.eval()
-    with activations.replaced(model, note), evaluation.autocast():
+    with activations.replaced(model, note):
         model(batch)
     return seen
 

@@ -1,5 +1,7 @@
 """Accuracy and loss of a network on a split, and the arithmetic in which networks are run."""
 
+import timeit
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from kure_lib import data
 
 BATCH = 1000
+CLEARLY = 1.3  # times as fast: what bfloat16 must be to be worth its rounding
 
 
 class Evaluation(NamedTuple):
@@ -21,11 +24,23 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@cache
 def precision() -> str:
-    """`bfloat16` where the machine multiplies it natively, else `float32`."""
-    on_gpu = torch.cuda.is_available()
-    native = torch.cuda.is_bf16_supported() if on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if native else "float32"
+    """`bfloat16` where the machine multiplies it natively and clearly faster than `float32`, else the latter."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if native and _product_speedup(torch.bfloat16) > CLEARLY else "float32"
+
+
+def _product_speedup(dtype: torch.dtype, size: int = 512, rounds: int = 5) -> float:
+    """How many times as fast as in float32 a matrix product is: some processors have slow bfloat16 units."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(size, size, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=2, repeat=rounds))
+
+    return seconds(torch.float32) / seconds(dtype)
 
 
 def autocast() -> torch.autocast:

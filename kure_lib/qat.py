@@ -33,6 +33,17 @@ class QatConfig(BaseModel):
     weight_bits: Annotated[int, Field(ge=2, le=16)]
     activation_bits: Bits
 
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.weight_bits}/{self.activation_bits}"
+
+    @classmethod
+    def named(cls, name: str) -> "QatConfig":
+        """From its name, such as "lsq 4/8": the method, the bits of weights and those of activations."""
+        method, bits = name.split()
+        weight_bits, activation_bits = map(int, bits.split("/"))
+        return cls(method=method, weight_bits=weight_bits, activation_bits=activation_bits)
+
 
 class Steps(dict[str, nn.Parameter]):
     """Learned steps by layer and activation site, kept in a checkpoint as a module's parameters are."""
@@ -70,18 +81,13 @@ class LearnedStepQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x, step, quantized = ctx.saved_tensors
-        clipped = x.clamp(*ctx.limits)
-        to_x = gradient * (x == clipped)
+        to_x = torch.ops.aten.hardtanh_backward(gradient, x, *ctx.limits)
         if not ctx.needs_input_grad[1]:
             return to_x, None, None, None, None
-        # with v = x/Δ: round(v) − v inside the limits; outside v̄, the outermost code, which is round(v̄) − v̄ + v̄
-        inside = _dot(gradient, quantized - clipped)
-        outside = _dot(gradient - to_x, clipped)
-        return to_x, (ctx.scale / step.item() * (inside + outside)).to(step.dtype).reshape(step.shape), None, None, None
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+        # in steps: round(v) − v where x has a gradient, the outermost code where it has none
+        inside = (quantized - x).mul_(to_x).sum(dtype=step.dtype)
+        outside = (gradient - to_x).mul_(quantized).sum(dtype=step.dtype)
+        return to_x, (ctx.scale / step.item() * (inside + outside)).reshape(step.shape), None, None, None
 
 
 class DoReFaWeight(nn.Module):

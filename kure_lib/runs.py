@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from kure_lib import activations, calibration, data, evaluation, lapq, ptq, qat, training
 from kure_lib.evaluation import Evaluation
@@ -56,7 +56,17 @@ def _view(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.M
     if spec.method == "lapq":
         options["method"] = "mse"
         options["steps"] = _lapq(record, spec.weight_bits, spec.activation_bits, spec.grid, spec.calibration)
+    elif spec.activation_bits:
+        options["steps"] = _activation_steps(
+            record, spec.activation_bits, spec.method, spec.calibration, spec.fold_batch_norm)  # fmt: skip
     return ptq.quantized(record.network(spec.fold_batch_norm), **options)
+
+
+@lru_cache(maxsize=32)
+def _activation_steps(record: Record, bits: int, method: str, size: int, folded: bool) -> dict[str, Tensor]:
+    """Before any ratio, so that a sweep of ratios calibrates once."""
+    images, _ = calibration.images(record.config.data, size)
+    return calibration.activation_steps(calibration.observe(record.network(folded), images), bits, method)
 
 
 def _trained_view(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.Module]:

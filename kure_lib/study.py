@@ -17,16 +17,20 @@ from tqdm import tqdm
 
 from kure_lib import evaluation, notebooks, report, runs
 from kure_lib.paths import KureError, results, use_profile
-from kure_lib.plans import ARMS, FULL, PARAMETERS, PROFILES, Plan, Planned, needed, open, plan
+from kure_lib.plans import ARMS, FULL, Plan, Planned, needed, open, plan, trained_spec
+from kure_lib.profiles import PARAMETERS, PROFILES
 from kure_lib.training import RunConfig
 
-__all__ = ["ARMS", "FULL", "PROFILES", "Plan", "Planned", "describe", "needed", "open", "plan", "run", "train"]
+__all__ = [
+    "ARMS", "FULL", "PROFILES", "Plan", "Planned", "describe", "needed", "open", "plan", "run", "train", "trained_spec",
+]  # fmt: skip
 
 #: Seconds an epoch takes on one core of a 2023 server, for the estimate of the time a plan takes.
 SECONDS_PER_EPOCH = {
     "bfloat16": {"resnet20": 30, "mobilenet_v2_050": 40},
     "float32": {"resnet20": 65, "mobilenet_v2_050": 62},
 }
+QUANTIZED = 1.4  # times as long, for quantization-aware training
 
 
 def seconds_left(planned: Plan) -> float:
@@ -37,7 +41,8 @@ def seconds_left(planned: Plan) -> float:
 
 def _seconds(run: Planned) -> float:
     share = 1.0 if run.config.train_size is None else run.config.train_size / 60_000
-    return run.config.epochs * share * SECONDS_PER_EPOCH[evaluation.precision()].get(run.model, float("nan"))
+    slower = QUANTIZED if run.quantizer else 1
+    return run.config.epochs * share * slower * SECONDS_PER_EPOCH[evaluation.precision()].get(run.model, float("nan"))
 
 
 def describe(planned: Plan) -> str:

@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from kure_lib import activations, data, evaluation, models, qat
 from kure_lib.kurtosis import kurtosis
 from kure_lib.paths import KureError, write_atomically
 from kure_lib.qat import QatConfig
-from kure_lib.regularizers import KurtosisRegularizer, latent_weight, regularized_layers
+from kure_lib.regularizers import (
+    ActivationKurtosisRegularizer,
+    KurtosisRegularizer,
+    latent_weight,
+    regularized_layers,
+)  # fmt: skip
 
 TRAINING_VERSION = 1  # raise it when the same configuration would give other weights
 
@@ -36,12 +41,22 @@ class Frozen(BaseModel):
 
 
 class KureConfig(Frozen):
-    """The KURE term of a run: K_T, λ, the reduction over layers, per tensor or per channel."""
+    """The KURE term of a run: K_T, λ, the reduction over layers, per tensor or per channel.
+
+    Of `activations` instead of weights it is `regularizers.ActivationKurtosisRegularizer`, which has no other settings.
+    """
 
     target: float = Field(1.8, ge=1)
     coefficient: Positive = 1.0
     reduction: Literal["mean", "sum", "max"] = "mean"
     per_channel: bool = False
+    of: Literal["weights", "activations"] = "weights"
+
+    @model_validator(mode="after")
+    def _check(self) -> "KureConfig":
+        if self.of == "activations" and (self.reduction != "mean" or self.per_channel):
+            raise ValueError("KURE of activations is per tensor, with the mean over them")
+        return self
 
 
 class RunConfig(Frozen):
@@ -81,7 +96,8 @@ class RunConfig(Frozen):
     def label(self) -> str:
         """A readable name; together with the key it names the files of the run."""
         kure = self.regularizer
-        what = f"kure-{kure.target:g}-{kure.coefficient:g}" if kure else "control" if self.start else "pretrained"
+        of = "activations-" if kure and kure.of == "activations" else ""
+        what = f"kure-{of}{kure.target:g}-{kure.coefficient:g}" if kure else "control" if self.start else "pretrained"
         qat = self.quantization
         trained = f"{qat.method}-{qat.weight_bits}-{qat.activation_bits}-" if qat else ""
         return f"{self.model}-{trained}{what}{'-scratch' if kure and not self.start else ''}-seed{self.seed}"
@@ -122,11 +138,10 @@ def fit(
         weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     schedule = _schedule(config, optimizer, train.steps_per_epoch(config.batch_size))
-    kure = config.regularizer
-    regularizer = KurtosisRegularizer(model, **kure.model_dump()) if kure else lambda: torch.zeros(())
+    regularizer, watching = _regularizer(model, config.regularizer, train)
     history, watched = Trained(curves={}, layer_kurtosis={}), regularized_layers(model)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"steps": steps} if steps else {})
-    with single_thread(), view:
+    with single_thread(), view, watching:
         finished = _resume(checkpoint, state, history) if checkpoint else 0
         for epoch in range(finished, config.epochs):
             began = time.perf_counter()
@@ -149,6 +164,21 @@ def fit(
             on_epoch(epoch + 1, values)
     history.steps.update(steps.as_numbers())
     return model.eval(), history
+
+
+def _regularizer(
+    model: nn.Module, kure: KureConfig | None, train: data.Split
+) -> tuple[Callable[[], Tensor], AbstractContextManager]:
+    """The penalty of a step, and the view of the model in which it is taken."""
+    if kure is None:
+        return lambda: torch.zeros(()), nullcontext()
+    options = kure.model_dump(exclude={"of"})
+    if kure.of == "weights":
+        return KurtosisRegularizer(model, **options), nullcontext()
+    images, _ = next(train.head(1).batches(1))
+    regularizer = ActivationKurtosisRegularizer(
+        model, images.to(evaluation.device()), kure.target, kure.coefficient)  # fmt: skip
+    return regularizer, regularizer.watching()
 
 
 def _quantized(model: nn.Module, config: RunConfig, train: data.Split) -> tuple[qat.Steps, AbstractContextManager]:

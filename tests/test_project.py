@@ -24,7 +24,7 @@ FLOORS = (
     {"kurtosis", "regularizers", "uniformizing", "quantizers", "steps"},
     {"data", "models", "training", "activations", "calibration", "ptq", "lapq", "qat", "evaluation"},
     {"records", "runs", "verdicts", "show"},
-    {"__main__", "study", "plans", "notebooks", "report"},
+    {"__main__", "study", "plans", "profiles", "notebooks", "report"},
 )
 MODULES = sorted((ROOT / "kure_lib").glob("*.py"))
 

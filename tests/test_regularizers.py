@@ -3,12 +3,19 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats as scipy_stats
 from scipy.stats import kurtosis as scipy_kurtosis
 from torch import nn
 from torchvision import models as torchvision_models
 
+from kure_lib import activations, models
 from kure_lib.paths import KureError
-from kure_lib.regularizers import KurtosisRegularizer, regularized_layers
+from kure_lib.regularizers import (
+    ActivationKurtosisRegularizer,
+    KurtosisRegularizer,
+    rectified_kurtosis,
+    regularized_layers,
+)  # fmt: skip
 
 
 def distances(model, names, target=1.8, axis=None):
@@ -104,3 +111,54 @@ def test_gradient_descent_on_the_term_alone_reaches_the_target(target):
     for layer in model[1:]:
         assert scipy_kurtosis(layer.weight.detach().numpy(), axis=None, fisher=False) == pytest.approx(target, abs=0.02)
     assert torch.equal(model[0].weight, first)
+
+
+# The same penalty on activations
+
+
+@pytest.mark.parametrize(
+    ("draw", "wanted"),
+    [(scipy_stats.uniform(), 9 / 5), (scipy_stats.halfnorm(), 3), (scipy_stats.expon(), 6)],
+    ids=["uniform", "normal", "Laplace"],
+)
+def test_what_a_relu_lets_through_has_the_kurtosis_of_the_symmetric_distribution(draw, wanted):
+    x = torch.from_numpy(draw.rvs(200_000, random_state=0))
+    symmetric = torch.cat([x, -x])
+    assert rectified_kurtosis(x).item() == pytest.approx(wanted, rel=0.03)  # ten times the error of a sample
+    assert rectified_kurtosis(x).item() == pytest.approx(scipy_kurtosis(symmetric.numpy(), fisher=False), rel=1e-4)
+    assert rectified_kurtosis(symmetric.relu()) == rectified_kurtosis(x)
+
+
+def test_the_gradient_through_activations_is_autograds():
+    torch.manual_seed(0)
+    x = torch.randn(40, dtype=torch.float64, requires_grad=True)
+
+    def plainly(x):
+        positive = x[x > 0]
+        return positive.pow(4).mean() / positive.pow(2).mean() ** 2
+
+    (wanted,) = torch.autograd.grad(plainly(x), x)
+    (found,) = torch.autograd.grad(rectified_kurtosis(x.relu()), x)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_term_of_activations_is_scipys_over_the_quantized_sites():
+    torch.manual_seed(0)
+    model = models.build("resnet20", 1, 10).train()
+    images = torch.randn(8, 1, 28, 28)
+    term = ActivationKurtosisRegularizer(model, images[:1], target=2.2, coefficient=0.5)
+    seen = {}
+    with activations.replaced(model, lambda site, output: seen.setdefault(site, output.detach().clone())):
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        model(images)
+    model.load_state_dict(state)
+    with term.watching():
+        model(images).sum().backward()
+        found = term()
+        with torch.no_grad():
+            model(images)
+        assert term._terms == []  # an evaluation leaves nothing
+    values = [site.flatten().numpy() for site in list(seen.values())[1:-1]]
+    symmetric = [np.concatenate([x[x > 0], -x[x > 0]]) for x in values]
+    distances = [(scipy_kurtosis(x.astype(np.float64), fisher=False) - 2.2) ** 2 for x in symmetric]
+    assert len(distances) == 17 and found.item() == pytest.approx(0.5 * np.mean(distances), rel=1e-4)

@@ -13,7 +13,8 @@ from filelock import FileLock
 from conftest import TINY, same_weights
 from kure_lib import notebooks, paths, records, runs, study
 from kure_lib.paths import KureError
-from kure_lib.plans import ARMS, KURE, NEEDS, PROFILES, Plan, Planned, needed, plan
+from kure_lib.plans import ARMS, KURE, Plan, Planned, needed, plan
+from kure_lib.profiles import NEEDS, PROFILES
 from kure_lib.training import KureConfig, RunConfig
 
 EVERY_PROFILE = pytest.mark.parametrize("profile", PROFILES)
@@ -25,9 +26,9 @@ EVERY_PROFILE = pytest.mark.parametrize("profile", PROFILES)
 def test_the_profiles_have_the_runs_of_the_design():
     counts = {name: len(plan(name).runs) for name in PROFILES}
     assert counts == {
-        "smoke": (3 + 1 + 1 + 1) + (3 + 1),
-        "quick": (3 + 1 + 1) + 3,
-        "study": (5 * 3 + 3 * (6 + 4) + 1) + (3 * 3 + 4),
+        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1),
+        "quick": (3 + 1 + 1 + 2) + 3,
+        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 3) + (3 * 3 + 4 + 2 * 2),
         "imagenet": 3 * 3 + (3 + 1),
     }
     main = {arm: len(plan("study").select(arm=arm, part="main")) for arm in ("pretrained", "control", "kure")}
@@ -51,10 +52,11 @@ def test_every_run_comes_after_its_start_and_once(profile):
 def test_control_and_kure_differ_in_the_regularizer_alone(profile):
     """Q8: equal start, epochs, learning rate and weight decay in every arm."""
     planned = plan(profile)
-    controls = planned.select(arm="control")
+    controls = [run for run in planned.runs if run.arm == "control"]
     assert controls
     for control in controls:
-        arms = [r for r in planned.runs if r.arm == "kure" and (r.model, r.seed) == (control.model, control.seed)]
+        twins = planned.select(model=control.model, seed=control.seed, quantizer=control.quantizer)
+        arms = [run for run in twins if run.arm == "kure"]
         assert KURE in [run.config.regularizer for run in arms]
         for run in arms:
             assert run.config.regularizer is not None and control.config.regularizer is None
@@ -95,7 +97,18 @@ def test_selecting_kure_means_the_papers_setting_unless_one_is_named():
     assert [run.seed for run in planned.select(model="resnet20", arm="control")] == [0, 1, 2, 3, 4]
     assert len(planned.select(part="target", arm="kure")) == 18
     assert planned.select(arm="kure", target=7.5) == []
-    assert planned.select() == list(planned.runs)
+    assert planned.select() == [run for run in planned.runs if not run.quantizer]
+
+
+def test_quantized_training_is_selected_by_its_quantizer():
+    planned = plan("study")
+    harder = ["dorefa 3/3", "lsq 3/3", "dorefa 5/8", "dorefa 6/6", "lsq 4/8", "lsq 6/6"]
+    assert planned.quantizers("resnet20") == ["dorefa 4/4", "lsq 4/4", *harder]
+    assert planned.quantizers("mobilenet_v2_050") == ["dorefa 4/8", "lsq 4/8"]
+    found = planned.select(model="resnet20", arm="kure", quantizer="lsq 4/4")
+    assert [run.seed for run in found] == [0, 1, 2] and {run.part for run in found} == {"qat"}
+    assert {run.config.quantization.method for run in found} == {"lsq"}
+    assert planned.select(quantizer="lsq 2/2") == []
 
 
 def test_a_sweep_is_completed_by_the_main_runs_of_its_networks_and_seeds():

@@ -4,6 +4,8 @@ from itertools import product
 
 import pytest
 import rivals
+import torch
+from measuring import THREADS
 
 from kure_lib import data, evaluation, ptq, training
 from kure_lib.steps import best_step
@@ -23,7 +25,15 @@ def trained():
     return model
 
 
-def test_accuracy_of_quantized_variants(compare, trained):
+@pytest.fixture
+def all_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_accuracy_of_quantized_variants(compare, trained, all_threads):
     test, test_loader = data.load("fashion_mnist", "test"), rivals.loader(train=False)
     layers = ptq.quantized_layers(trained)
     steps = {

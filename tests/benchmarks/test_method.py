@@ -80,7 +80,7 @@ def test_best_step_against_search(compare):
         return [rivals.searched_step(weight, bits) for bits in BITS]
 
     found = {}
-    compare("mse_step", lambda: found.update(rival=by_search()), lambda: found.update(ours=exact()), rounds=1)
+    compare("mse_step", lambda: found.update(rival=by_search()), lambda: found.update(ours=exact()), rounds=3)
     for bits, our_step, rival_step in zip(BITS, found["ours"], found["rival"], strict=True):
         our_error, rival_error = (_error(weight, step, bits) for step in (our_step, rival_step))
         assert our_error <= rival_error * (1 + 1e-6), f"{bits} bits"

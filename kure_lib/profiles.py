@@ -1,0 +1,105 @@
+"""What a profile trains, and how its notebooks are executed: the design of the experiment, as data."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one architecture is trained: from scratch, then fine-tuned with KURE and, as long, without.
+
+    `seeds` for the three main arms, `sweep_seeds` for other K_T (`targets`) and λ (`coefficients`), and
+    `scratch_seeds` for KURE from the first epoch on, and `activation_seeds` for fine-tuning with KURE of the
+    activations in place of the weights. `quantizers` are those of quantization-aware training,
+    each with its number of seeds: ("lsq 4/8", 1) is LSQ with 4 bits for weights and 8 for activations. It goes
+    as `fine_tuning` does, but for what `quantized_tuning` says.
+    """
+
+    model: str
+    pretraining: dict
+    fine_tuning: dict
+    seeds: int = 1
+    sweep_seeds: int = 1
+    targets: tuple[float, ...] = ()
+    coefficients: tuple[float, ...] = ()
+    scratch_seeds: int = 0
+    activation_seeds: int = 0
+    quantizers: tuple[tuple[str, int], ...] = ()
+    quantized_tuning: dict = field(default_factory=dict)
+
+
+SMALL_RESNET = Recipe(
+    "resnet20",
+    pretraining={"epochs": 10, "learning_rate": 0.2, "weight_decay": 5e-4},
+    fine_tuning={"epochs": 4, "learning_rate": 0.04, "weight_decay": 5e-4},
+)
+SMALL_MOBILENET = Recipe(
+    "mobilenet_v2_050",
+    pretraining={"epochs": 8, "learning_rate": 0.2, "weight_decay": 1e-4},
+    fine_tuning={"epochs": 5, "learning_rate": 0.05, "weight_decay": 1e-4},
+)
+
+
+def _with(recipe: Recipe, pretraining=None, fine_tuning=None, **changes) -> Recipe:
+    """The recipe with some settings of its two stages, and some fields, replaced."""
+    return Recipe(**{
+        **vars(recipe), **changes,
+        "pretraining": {**recipe.pretraining, **(pretraining or {})},
+        "fine_tuning": {**recipe.fine_tuning, **(fine_tuning or {})},
+    })  # fmt: skip
+
+
+def _imagenet(model: str, batch_size: int, epochs: int, **sweeps) -> Recipe:
+    """Fine-tuning of torchvision's weights as in Supp. Tables 1 and 2, with the targets of Fig. 3c."""
+    shared = {"data": "imagenet", "weight_decay": 1e-4, "decay_every": 30, "batch_size": batch_size}
+    return Recipe(
+        model,
+        pretraining={**shared, "pretrained": True, "epochs": 0, "learning_rate": 1e-3},
+        fine_tuning={**shared, "epochs": epochs, "learning_rate": 1e-3},
+        **sweeps,
+    )
+
+
+TINY = {"train_size": 2048, "epochs": 2}
+SWEEP = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 0.3, 3.0)}
+
+PROFILES: dict[str, tuple[Recipe, ...]] = {
+    "smoke": (
+        _with(SMALL_RESNET, TINY, TINY, targets=(3.0,), coefficients=(0.1,), scratch_seeds=1, activation_seeds=1,
+              quantizers=(("dorefa 4/4", 1), ("lsq 4/4", 1))),
+        _with(SMALL_MOBILENET, TINY, TINY, coefficients=(0.1,)),
+    ),
+    "quick": (
+        _with(SMALL_RESNET, {"epochs": 4}, {"epochs": 3}, targets=(3.0,), coefficients=(0.1,),
+              quantizers=(("dorefa 4/4", 1),), quantized_tuning={"epochs": 1}),
+        _with(SMALL_MOBILENET, {"epochs": 3}, {"epochs": 4}),
+    ),
+    "study": (
+        _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=3, activation_seeds=3, **SWEEP,
+              quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
+                          ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
+        _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
+              quantizers=(("dorefa 4/8", 1), ("lsq 4/8", 1))),
+    ),
+    "imagenet": (
+        _imagenet("resnet18", 256, 83, targets=(3.0, 4.0, 6.0), coefficients=(0.1,)),
+        _imagenet("resnet50", 128, 50), _imagenet("mobilenet_v2", 256, 83),
+    ),
+}  # fmt: skip
+
+
+#: Parameters of notebooks, other than the profile, that a profile changes.
+PARAMETERS = {
+    "smoke": {"02": {"image_count": 50}, "06": {"points": 3}},
+    "quick": {"06": {"points": 9}},
+}
+
+#: Parts of the plan that a notebook reads; a notebook that is not named here trains nothing.
+NEEDS = {
+    "02": {"main"},
+    "04": {"main", "coefficient", "scratch"},
+    "05": {"main", "target", "coefficient"},
+    "06": {"main", "qat"},
+    "07": {"main"},
+    "08": {"main", "qat"},
+    "10": {"main", "activations"},
+}
