@@ -43,6 +43,12 @@ class TensorSplit:
         """The first `size` images, or all of them."""
         return TensorSplit(self.images[:size], self.labels[:size], self.classes, self.mean, self.std)
 
+    def parted(self, last: int) -> tuple["TensorSplit", "TensorSplit"]:
+        """All but the `last` images, and these."""
+        cut = len(self) - last
+        rest = TensorSplit(self.images[cut:], self.labels[cut:], self.classes, self.mean, self.std)
+        return self.head(cut), rest
+
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float32 images and their labels; with a generator in random order, flipped and shifted.
 

@@ -8,22 +8,25 @@ from itertools import product
 import pandas as pd
 
 from kure_lib import runs
+from kure_lib.configs import KureConfig, RivalConfig, RunConfig
 from kure_lib.paths import KureError, use_profile
-from kure_lib.profiles import NEEDS, PROFILES, Recipe
+from kure_lib.profiles import NEEDS, PROFILES, TUNING_SIZE, WEIGHT_DECAYS, Contender, Recipe
 from kure_lib.qat import QatConfig
-from kure_lib.training import KureConfig, RunConfig
 
 KURE = KureConfig()  # the paper's setting everywhere: K_T = 1.8, λ = 1
 ACTIVATION_KURE = KureConfig(of="activations")
 
 FULL = 32  # bits of a tensor that is not quantized
 
-ARMS = ("pretrained", "control", "kure", "scratch", "activations")
+ARMS = ("pretrained", "control", "kure", "scratch", "activations")  # and those of `Recipe.contenders`
+
+
+ASIDE = ("tuning", "schedules")  # parts whose arms have the names of others
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run with its place in the study; `arm` is one of `ARMS`, `part` says which question needs it."""
+    """A run with its place in the study; `arm` is one of `ARMS` or a contender, `part` says which question needs it."""
 
     model: str
     arm: str
@@ -61,7 +64,8 @@ class Plan:
     ) -> list[Planned]:  # fmt: skip
         """The runs that agree with every argument given, trained in full precision unless a `quantizer` is named.
 
-        For `arm="kure"` with K_T = 1.8 and λ = 1 unless named.
+        For `arm="kure"` with K_T = 1.8 and λ = 1 unless named; runs of tuning and of other schedules only where
+        their `part` is named.
         """
         if arm == "kure" and part is None:
             target, coefficient = target or KURE.target, coefficient or KURE.coefficient
@@ -70,6 +74,8 @@ class Plan:
             kure = run.config.regularizer
             pairs = [(model, run.model), (arm, run.arm), (part, run.part), (seed, run.seed),
                      (target, kure and kure.target), (coefficient, kure and kure.coefficient)]  # fmt: skip
+            if part is None and run.part in ASIDE:
+                return False
             return run.quantizer == quantizer and all(wanted is None or wanted == have for wanted, have in pairs)
 
         return [run for run in self.runs if matches(run)]
@@ -150,7 +156,32 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
         result.append(planned("activations", "activations", recipe.fine_tuning, **start, regularizer=ACTIVATION_KURE))
     if seed < recipe.scratch_seeds:
         result.append(planned("scratch", "scratch", recipe.pretraining, regularizer=KURE))
+    if seed < recipe.rival_seeds:
+        for contender in recipe.contenders:
+            settings = _contending(recipe, contender, contender.strength, contender.weight_decay)
+            result.append(planned(contender.arm, "rivals", settings, **start))
+    if seed < recipe.schedule_seeds:
+        for schedule in recipe.schedules:
+            for arm, kure in (("control", None), ("kure", KURE)):
+                settings = recipe.fine_tuning | schedule
+                result.append(planned(arm, "schedules", settings, **start, regularizer=kure))
+    if seed == 0 and recipe.held_out:
+        first = planned("pretrained", "tuning", recipe.pretraining, held_out=recipe.held_out)
+        tried = {"start": first.config, "held_out": recipe.held_out, "train_size": TUNING_SIZE}
+        result.append(first)
+        for contender in (c for c in recipe.contenders if c.tuned):
+            own = recipe.fine_tuning["weight_decay"]
+            pairs = [(strength, own) for strength in contender.strengths]
+            pairs += [(contender.strength, decay) for decay in WEIGHT_DECAYS]
+            for pair in dict.fromkeys(pairs):
+                result.append(planned(contender.arm, "tuning", _contending(recipe, contender, *pair), **tried))
     return result
+
+
+def _contending(recipe: Recipe, contender: Contender, strength: float | None, weight_decay: float) -> dict:
+    rival = RivalConfig(method=contender.method, strength=strength) if contender.method else None
+    own = {"rival": rival, "regularizer": KURE if contender.kure else None, "weight_decay": weight_decay}
+    return recipe.fine_tuning | own
 
 
 def trained_spec(quantizer: str, weight_bits: int | None, step_ratio: float = 1.0) -> runs.QuantizationSpec:

@@ -4,6 +4,23 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Contender:
+    """An arm of the comparison with rivals: a `method` of `RivalConfig` or none, with `kure` or without.
+
+    `strengths` were tried at the recipe's own weight decay, then `WEIGHT_DECAYS` at the best of them, on images held
+    out of training; `strength` and `weight_decay` are what was best there, which notebook 09 checks.
+    """
+
+    arm: str
+    method: str | None = None
+    strength: float | None = None
+    weight_decay: float = 5e-4
+    strengths: tuple[float, ...] = ()
+    tuned: bool = True
+    kure: bool = False
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How one architecture is trained: from scratch, then fine-tuned with KURE and, as long, without.
 
@@ -11,7 +28,9 @@ class Recipe:
     `scratch_seeds` for KURE from the first epoch on, and `activation_seeds` for fine-tuning with KURE of the
     activations in place of the weights. `quantizers` are those of quantization-aware training,
     each with its number of seeds: ("lsq 4/8", 1) is LSQ with 4 bits for weights and 8 for activations. It goes
-    as `fine_tuning` does, but for what `quantized_tuning` says.
+    as `fine_tuning` does, but for what `quantized_tuning` says. `contenders` are fine-tuned with `rival_seeds`, and
+    where `held_out` is not zero also tuned, on that many images held out; `schedules` are other learning rates for
+    control and KURE, with `schedule_seeds`.
     """
 
     model: str
@@ -25,6 +44,11 @@ class Recipe:
     activation_seeds: int = 0
     quantizers: tuple[tuple[str, int], ...] = ()
     quantized_tuning: dict = field(default_factory=dict)
+    contenders: tuple[Contender, ...] = ()
+    rival_seeds: int = 0
+    held_out: int = 0
+    schedules: tuple[dict, ...] = ()
+    schedule_seeds: int = 0
 
 
 SMALL_RESNET = Recipe(
@@ -59,6 +83,26 @@ def _imagenet(model: str, batch_size: int, epochs: int, **sweeps) -> Recipe:
     )
 
 
+WEIGHT_DECAYS = (5e-4, 2.5e-3, 1.25e-2)
+TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
+
+CONTENDERS = (
+    Contender("l2", weight_decay=2.5e-3),
+    Contender("gradient_l1", "gradient_l1", 0.01, strengths=(0.001, 0.01, 0.1)),
+    Contender("range", "range", 0.1, strengths=(0.01, 0.1, 1.0)),
+    Contender("outliers", "outliers", 10.0, strengths=(1.0, 10.0, 100.0)),
+    Contender("entropy", "entropy", 1.0, strengths=(0.1, 1.0, 10.0)),
+    Contender("variation", "variation", 10.0, strengths=(1.0, 10.0, 100.0)),
+    Contender("noise", "noise", 0.1, strengths=(0.05, 0.1, 0.2)),
+    Contender("sam", "sam", 0.05, strengths=(0.02, 0.05, 0.2)),
+    Contender("ema", "ema", 0.99, strengths=(0.95, 0.99, 0.998)),
+    Contender("kure_l2", weight_decay=2.5e-3, kure=True),
+)
+SCHEDULES = (
+    {"learning_rate": 0.02, "decay_every": 100},  # constant
+    {"learning_rate": 0.02, "decay_every": 2},  # a tenth in the second half
+)
+
 TINY = {"train_size": 2048, "epochs": 2}
 SWEEP = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 0.3, 3.0)}
 
@@ -74,7 +118,8 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_MOBILENET, {"epochs": 3}, {"epochs": 4}),
     ),
     "study": (
-        _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=3, activation_seeds=3, **SWEEP,
+        _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=1, activation_seeds=3, **SWEEP,
+              contenders=CONTENDERS, rival_seeds=3, held_out=10_000, schedules=SCHEDULES, schedule_seeds=3,
               quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
@@ -101,5 +146,6 @@ NEEDS = {
     "06": {"main", "qat"},
     "07": {"main"},
     "08": {"main", "qat"},
+    "09": {"main", "target", "coefficient", "rivals", "tuning", "schedules"},
     "10": {"main", "activations"},
 }

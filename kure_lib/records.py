@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from kure_lib import data, evaluation, models, ptq
+from kure_lib.configs import Frozen, RunConfig
 from kure_lib.evaluation import Evaluation
 from kure_lib.paths import KureError, results, write_atomically
-from kure_lib.training import Frozen, RunConfig
 
 
 class LayerSummary(Frozen):

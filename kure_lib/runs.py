@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from kure_lib import activations, calibration, data, evaluation, lapq, ptq, qat, training
+from kure_lib.configs import KureConfig, RunConfig
 from kure_lib.evaluation import Evaluation
 from kure_lib.kurtosis import kurtosis
 from kure_lib.paths import ROOT, KureError, checking, write_atomically
@@ -36,7 +37,6 @@ from kure_lib.records import (
     write,
 )  # fmt: skip
 from kure_lib.regularizers import regularized_layers
-from kure_lib.training import KureConfig, RunConfig
 
 __all__ = [
     "Evaluation", "KureConfig", "QuantizationSpec", "Record", "RunConfig", "evaluate", "find", "forget", "get",
@@ -136,7 +136,7 @@ def evaluate(record: Record, spec: QuantizationSpec = QuantizationSpec()) -> Eva
         kept = find(record.config)
         record.evaluations.update(kept.evaluations if kept else {})
         if spec.key not in record.evaluations:
-            split = data.load(record.config.data, "test").head(record.config.train_size)
+            _, split = training.splits(record.config)
             with _view(record, spec) as model:
                 record.evaluations[spec.key] = evaluation.evaluate(model, split)
             write(record)

@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from kure_lib import evaluation, notebooks, report, runs
+from kure_lib.configs import RunConfig
 from kure_lib.paths import KureError, results, use_profile
 from kure_lib.plans import ARMS, FULL, Plan, Planned, needed, open, plan, trained_spec
 from kure_lib.profiles import PARAMETERS, PROFILES
-from kure_lib.training import RunConfig
 
 __all__ = [
     "ARMS", "FULL", "PROFILES", "Plan", "Planned", "describe", "needed", "open", "plan", "run", "train", "trained_spec",

@@ -5,102 +5,27 @@ once, which is faster than several threads for one net of this size, and what a 
 depend on how many cores the machine has.
 """
 
-import hashlib
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from kure_lib import activations, data, evaluation, models, qat
+from kure_lib import activations, data, evaluation, models, qat, rivals
+from kure_lib.configs import KureConfig, RunConfig
 from kure_lib.kurtosis import kurtosis
 from kure_lib.paths import KureError, write_atomically
-from kure_lib.qat import QatConfig
 from kure_lib.regularizers import (
     ActivationKurtosisRegularizer,
     KurtosisRegularizer,
     latent_weight,
     regularized_layers,
 )  # fmt: skip
-
-TRAINING_VERSION = 1  # raise it when the same configuration would give other weights
-
-Positive = Annotated[float, Field(gt=0)]
-Architecture = Literal["resnet20", "mobilenet_v2_050", "resnet18", "resnet50", "mobilenet_v2"]
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class KureConfig(Frozen):
-    """The KURE term of a run: K_T, λ, the reduction over layers, per tensor or per channel.
-
-    Of `activations` instead of weights it is `regularizers.ActivationKurtosisRegularizer`, which has no other settings.
-    """
-
-    target: float = Field(1.8, ge=1)
-    coefficient: Positive = 1.0
-    reduction: Literal["mean", "sum", "max"] = "mean"
-    per_channel: bool = False
-    of: Literal["weights", "activations"] = "weights"
-
-    @model_validator(mode="after")
-    def _check(self) -> "KureConfig":
-        if self.of == "activations" and (self.reduction != "mean" or self.per_channel):
-            raise ValueError("KURE of activations is per tensor, with the mean over them")
-        return self
-
-
-class RunConfig(Frozen):
-    """Everything that decides what a training run computes.
-
-    `start` is the run whose weights this one begins with. The learning rate follows one cycle (Smith 2018)
-    that peaks at `learning_rate`, or, with `decay_every`, is multiplied by `decay_factor` every so many
-    epochs. `train_size` keeps only the first so many training images.
-    """
-
-    model: Architecture
-    data: Literal["fashion_mnist", "cifar10", "imagenet"] = "fashion_mnist"
-    train_size: int | None = Field(None, ge=1)
-    seed: int = 0
-    start: "RunConfig | None" = None
-    pretrained: bool = False
-    epochs: int = Field(ge=0)
-    learning_rate: Positive
-    weight_decay: float = Field(ge=0)
-    batch_size: int = Field(256, ge=2)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    decay_every: int | None = Field(None, ge=1)
-    decay_factor: Positive = 0.1
-    regularizer: KureConfig | None = None
-    quantization: QatConfig | None = None
-
-    @property
-    def key(self) -> str:
-        """Ten hexadecimal digits that stand for this configuration and `TRAINING_VERSION`.
-
-        Fields at their defaults do not count, so that a new one leaves the old keys as they are.
-        """
-        content = {"version": TRAINING_VERSION, **self.model_dump(mode="json", exclude_defaults=True)}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
-
-    @property
-    def label(self) -> str:
-        """A readable name; together with the key it names the files of the run."""
-        kure = self.regularizer
-        of = "activations-" if kure and kure.of == "activations" else ""
-        what = f"kure-{of}{kure.target:g}-{kure.coefficient:g}" if kure else "control" if self.start else "pretrained"
-        qat = self.quantization
-        trained = f"{qat.method}-{qat.weight_bits}-{qat.activation_bits}-" if qat else ""
-        return f"{self.model}-{trained}{what}{'-scratch' if kure and not self.start else ''}-seed{self.seed}"
 
 
 class Trained(BaseModel):
@@ -124,8 +49,7 @@ def fit(
     called with the number of finished epochs and the values of the last. Raises `KureError` if the loss is
     no longer finite or the checkpoint cannot be read.
     """
-    train = data.load(config.data, "train").head(config.train_size)
-    test = data.load(config.data, "test").head(config.train_size)
+    train, test = splits(config)
     torch.manual_seed(config.seed)
     model = models.build(config.model, train.channels, train.classes, config.pretrained)
     if start is not None:
@@ -139,21 +63,25 @@ def fit(
     )  # fmt: skip
     schedule = _schedule(config, optimizer, train.steps_per_epoch(config.batch_size))
     regularizer, watching = _regularizer(model, config.regularizer, train)
-    history, watched = Trained(curves={}, layer_kurtosis={}), regularized_layers(model)
+    rival = rivals.build(model, config.rival)
+    history = Trained(curves={}, layer_kurtosis={})
     state = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"steps": steps} if steps else {})
-    with single_thread(), view, watching:
+    state |= {"average": rival.average} if rival.average else {}
+    tested = rival.average.module if rival.average else model
+    watched = regularized_layers(tested)
+    with single_thread(), view, watching, rival.view():
         finished = _resume(checkpoint, state, history) if checkpoint else 0
         for epoch in range(finished, config.epochs):
             began = time.perf_counter()
             diverged = f"Training {config.label} diverged in epoch {epoch + 1}: lower its learning rate"
             try:
-                values = train_epoch(model, train, regularizer, optimizer, schedule, config, epoch)
+                values = train_epoch(model, train, regularizer, optimizer, schedule, config, epoch, rival)
                 layers = {name: kurtosis(latent_weight(layer)).item() for name, layer in watched.items()}
             except KureError as error:  # weights that have no kurtosis
                 raise KureError(f"{diverged} ({str(error).rstrip('.')}).") from error
             if not math.isfinite(values["train_loss"]) or min(steps.as_numbers().values(), default=1) <= 0:
                 raise KureError(f"{diverged}.")
-            result = evaluation.evaluate(model, test)
+            result = evaluation.evaluate(tested, test)
             values |= {"test_loss": result.loss, "test_top1": result.top1,
                        "kurtosis": sum(layers.values()) / len(layers),
                        "seconds": time.perf_counter() - began}  # fmt: skip
@@ -163,7 +91,17 @@ def fit(
                 _save(checkpoint, epoch + 1, state, history)
             on_epoch(epoch + 1, values)
     history.steps.update(steps.as_numbers())
-    return model.eval(), history
+    return tested.eval(), history
+
+
+def splits(config: RunConfig) -> tuple[data.Split, data.Split]:
+    """The images a run is trained on, and those it is tested on: test images, or training images held out."""
+    train = data.load(config.data, "train")
+    if config.held_out:
+        train, test = train.parted(config.held_out)
+    else:
+        test = data.load(config.data, "test").head(config.train_size)
+    return train.head(config.train_size), test
 
 
 def _regularizer(
@@ -191,7 +129,7 @@ def _quantized(model: nn.Module, config: RunConfig, train: data.Split) -> tuple[
     return steps, qat.quantized(model, config.quantization, steps, sites)
 
 
-def train_epoch(model, train, regularizer, optimizer, schedule, config, epoch) -> dict[str, float]:
+def train_epoch(model, train, regularizer, optimizer, schedule, config, epoch, rival=None) -> dict[str, float]:
     """One pass over the training images; returns the means of its losses and its accuracy in percent.
 
     What is random in it depends on the seed and on the number of the epoch alone, so that an interrupted
@@ -200,22 +138,33 @@ def train_epoch(model, train, regularizer, optimizer, schedule, config, epoch) -
     generator = torch.Generator().manual_seed(1_000_003 * config.seed + epoch)
     torch.manual_seed(1_000_003 * config.seed + epoch)
     place = evaluation.device()
+    rival = rival or rivals.build(model, None)
     model.train()
     total_loss = total_penalty = torch.zeros((), device=place)
     correct = seen = 0
-    for images, labels in train.batches(config.batch_size, generator):
-        labels = labels.to(place)
+
+    def gradients(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with evaluation.autocast():
-            scores = model(images.to(place))
+            scores = model(images)
             loss = nn.functional.cross_entropy(scores, labels)
-        penalty = regularizer()
+        penalty = regularizer() + rival.penalty(loss)
         optimizer.zero_grad()
         (loss + penalty).backward()
+        return scores.detach(), loss.detach(), penalty.detach()
+
+    for images, labels in train.batches(config.batch_size, generator):
+        images, labels = images.to(place), labels.to(place)
+        scores, loss, penalty = gradients(images, labels)
+        if elsewhere := rival.elsewhere():
+            with elsewhere:
+                gradients(images, labels)
         optimizer.step()
         schedule.step()
-        total_loss = total_loss + loss.detach() * len(labels)
-        total_penalty = total_penalty + penalty.detach() * len(labels)
-        correct += (scores.detach().argmax(1) == labels).sum().item()
+        if rival.average:
+            rival.average.update_parameters(model)
+        total_loss = total_loss + loss * len(labels)
+        total_penalty = total_penalty + penalty * len(labels)
+        correct += (scores.argmax(1) == labels).sum().item()
         seen += len(labels)
     return {
         "train_loss": total_loss.item() / seen,

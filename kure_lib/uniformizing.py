@@ -37,6 +37,18 @@ def range_ratio(x: Tensor) -> Tensor:
     return (x.max() - x.min()) / (2 * x.std(correction=0))
 
 
+def outliers(x: Tensor) -> Tensor:
+    """Mean excess of |w| over two standard deviations, in standard deviations: zero for a uniform tensor.
+
+    About 0.017 for a normal one. The margin loss of arXiv 2303.08253 in units of the tensor's own spread; there the
+    margin is learned.
+
+    >>> outliers(torch.linspace(-1, 1, 10_001)).item()
+    0.0
+    """
+    return (x.abs() / x.std(correction=0) - 2).relu().mean()
+
+
 def entropy(x: Tensor) -> Tensor:
     """Differential entropy in nats from spacings of sorted values (Vasicek 1976), window ⌊√n + ½⌋.
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from kure_lib.training import KureConfig, RunConfig
+from kure_lib.configs import KureConfig, RunConfig
 
 TINY = {"train_size": 256, "epochs": 2, "learning_rate": 0.05, "weight_decay": 5e-4, "batch_size": 32}
 

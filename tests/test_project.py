@@ -21,8 +21,8 @@ from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 
 FLOORS = (
     {"theory", "paper", "paths"},
-    {"kurtosis", "regularizers", "uniformizing", "quantizers", "steps"},
-    {"data", "models", "training", "activations", "calibration", "ptq", "lapq", "qat", "evaluation"},
+    {"kurtosis", "activations", "regularizers", "uniformizing", "quantizers", "steps"},
+    {"data", "models", "calibration", "evaluation", "ptq", "lapq", "qat", "rivals", "configs", "training"},
     {"records", "runs", "verdicts", "show"},
     {"__main__", "study", "plans", "profiles", "notebooks", "report"},
 )

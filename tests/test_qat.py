@@ -10,11 +10,12 @@ from torch.nn.functional import cross_entropy
 
 from conftest import same_weights
 from kure_lib import activations, models, qat, records, runs
+from kure_lib.configs import KureConfig, RunConfig
 from kure_lib.paths import KureError
 from kure_lib.ptq import QuantizationSpec
 from kure_lib.qat import DoReFaWeight, LearnedStepQuantize, LsqWeight, QatConfig
 from kure_lib.regularizers import KurtosisRegularizer
-from kure_lib.training import KureConfig, RunConfig, fit
+from kure_lib.training import fit
 
 IMAGES = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(1))
 LSQ, DOREFA = (QatConfig(method=method, weight_bits=3, activation_bits=4) for method in ("lsq", "dorefa"))

@@ -12,10 +12,10 @@ from filelock import FileLock
 
 from conftest import TINY, same_weights
 from kure_lib import notebooks, paths, records, runs, study
+from kure_lib.configs import KureConfig, RunConfig
 from kure_lib.paths import KureError
-from kure_lib.plans import ARMS, KURE, Plan, Planned, needed, plan
+from kure_lib.plans import ARMS, ASIDE, KURE, Plan, Planned, needed, plan
 from kure_lib.profiles import NEEDS, PROFILES
-from kure_lib.training import KureConfig, RunConfig
 
 EVERY_PROFILE = pytest.mark.parametrize("profile", PROFILES)
 
@@ -25,10 +25,11 @@ EVERY_PROFILE = pytest.mark.parametrize("profile", PROFILES)
 
 def test_the_profiles_have_the_runs_of_the_design():
     counts = {name: len(plan(name).runs) for name in PROFILES}
+    rivals = 10 * 3 + 2 * 2 * 3 + (1 + 2 * 3 + 8 * (3 + 2))  # seeds, schedules, tuning
     assert counts == {
         "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1),
         "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 3) + (3 * 3 + 4 + 2 * 2),
+        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1) + (3 * 3 + 4 + 2 * 2) + rivals,
         "imagenet": 3 * 3 + (3 + 1),
     }
     main = {arm: len(plan("study").select(arm=arm, part="main")) for arm in ("pretrained", "control", "kure")}
@@ -44,24 +45,40 @@ def test_every_run_comes_after_its_start_and_once(profile):
     for run in plan(profile).runs:
         assert run.config.start is None or run.config.start in seen
         seen.add(run.config)
-        assert (run.model, run.seed) == (run.config.model, run.config.seed) and run.arm in ARMS
+        assert (run.model, run.seed) == (run.config.model, run.config.seed)
+        assert run.arm in ARMS or run.part in ("rivals", "tuning")
     assert len(seen) == len({config.key for config in seen}) == len({c.label for c in seen}) == len(plan(profile).runs)
 
 
 @EVERY_PROFILE
 def test_control_and_kure_differ_in_the_regularizer_alone(profile):
     """Q8: equal start, epochs, learning rate and weight decay in every arm."""
+    runs = plan(profile).runs
+    controls = {run.config for run in runs if run.arm == "control"}
+    kure = {run.config for run in runs if run.arm == "kure"}
+    assert controls and all(config.regularizer is None and config.start.regularizer is None for config in controls)
+    assert {config.model_copy(update={"regularizer": KURE}) for config in controls} <= kure
+    assert {config.model_copy(update={"regularizer": None}) for config in kure} == controls
+
+
+@EVERY_PROFILE
+def test_contenders_differ_from_the_control_in_their_method_and_weight_decay_alone(profile):
     planned = plan(profile)
-    controls = [run for run in planned.runs if run.arm == "control"]
-    assert controls
-    for control in controls:
-        twins = planned.select(model=control.model, seed=control.seed, quantizer=control.quantizer)
-        arms = [run for run in twins if run.arm == "kure"]
-        assert KURE in [run.config.regularizer for run in arms]
-        for run in arms:
-            assert run.config.regularizer is not None and control.config.regularizer is None
-            assert run.config.model_copy(update={"regularizer": None}) == control.config
-            assert run.config.start.regularizer is None
+    for run in planned.select(part="rivals"):
+        (control,) = planned.select(model=run.model, arm="control", part="main", seed=run.seed)
+        same = {"rival": None, "regularizer": None, "weight_decay": control.config.weight_decay}
+        assert run.config != control.config and run.config.model_copy(update=same) == control.config
+
+
+def test_every_contender_is_tuned_on_the_same_images_and_never_on_those_it_is_tested_on():
+    planned = plan("study")
+    tuned, tested = planned.select(part="tuning"), planned.select(part="rivals")
+    assert {(run.config.held_out, run.config.train_size) for run in tuned if run.config.start} == {(10_000, 25_000)}
+    assert all(run.config.start is None or run.config.start.held_out == 10_000 for run in tuned)
+    for run in (run for run in tested if run.seed == 0 and run.model == "resnet20"):
+        chosen = {"start": None, "held_out": 0, "train_size": None}
+        assert run.arm not in {t.arm for t in tuned} or run.config.model_copy(update={"start": None}) in {
+            t.config.model_copy(update=chosen) for t in tuned}  # fmt: skip
 
 
 @EVERY_PROFILE
@@ -75,7 +92,8 @@ def test_scratch_differs_from_pretraining_in_the_regularizer_alone(profile):
 def test_profiles_differ_in_scale():
     assert all(run.config.train_size == 2048 for run in plan("smoke").runs)
     for profile in ("quick", "study"):
-        assert all(run.config.train_size is None and run.config.data == "fashion_mnist" for run in plan(profile).runs)
+        whole = [run.config for run in plan(profile).runs if run.part != "tuning"]
+        assert all(config.train_size is None and config.data == "fashion_mnist" for config in whole)
     for run in plan("imagenet").runs:
         pretraining = run.config.start or run.config
         assert pretraining.pretrained and pretraining.epochs == 0 and run.config.data == "imagenet"
@@ -97,7 +115,8 @@ def test_selecting_kure_means_the_papers_setting_unless_one_is_named():
     assert [run.seed for run in planned.select(model="resnet20", arm="control")] == [0, 1, 2, 3, 4]
     assert len(planned.select(part="target", arm="kure")) == 18
     assert planned.select(arm="kure", target=7.5) == []
-    assert planned.select() == [run for run in planned.runs if not run.quantizer]
+    assert planned.select() == [run for run in planned.runs if not run.quantizer and run.part not in ASIDE]
+    assert {run.config.held_out for run in planned.select(arm="kure")} == {0}
 
 
 def test_quantized_training_is_selected_by_its_quantizer():

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from scipy.stats import kurtosis as scipy_kurtosis
 
 from conftest import TINY, same_weights
-from kure_lib import calibration, data, evaluation, models, training
+from kure_lib import calibration, configs, data, evaluation, models, training
+from kure_lib.configs import KureConfig, RivalConfig, RunConfig
 from kure_lib.paths import KureError
 from kure_lib.qat import QatConfig
 from kure_lib.regularizers import regularized_layers
-from kure_lib.training import KureConfig, RunConfig, fit
+from kure_lib.training import fit
 
 KNOWN = RunConfig(
     model="resnet20", seed=1, epochs=4, learning_rate=0.04, weight_decay=5e-4, regularizer=KureConfig(),
@@ -51,6 +52,7 @@ CHANGES = {
     "epochs": 5, "learning_rate": 0.05, "weight_decay": 0.0, "batch_size": 128, "momentum": 0.8, "decay_every": 2,
     "decay_factor": 0.2, "regularizer": None,
     "quantization": QatConfig(method="lsq", weight_bits=4, activation_bits=4),
+    "rival": RivalConfig(method="sam", strength=0.1), "held_out": 100,
 }  # fmt: skip
 
 
@@ -64,11 +66,13 @@ def test_the_key_counts_every_field(monkeypatch):
     for change in quantized:
         other = CHANGES["quantization"].model_copy(update=change)
         keys.add(KNOWN.model_copy(update={"quantization": other}).key)
+    for change in {"method": "ema"}, {"strength": 0.2}:
+        keys.add(KNOWN.model_copy(update={"rival": CHANGES["rival"].model_copy(update=change)}).key)
     keys.add(KNOWN.model_copy(update={"start": KNOWN.start.model_copy(update={"seed": 5})}).key)
-    monkeypatch.setattr(training, "TRAINING_VERSION", training.TRAINING_VERSION + 1)
+    monkeypatch.setattr(configs, "TRAINING_VERSION", configs.TRAINING_VERSION + 1)
     keys.add(KNOWN.key)
     monkeypatch.undo()
-    assert len(keys - {KNOWN.key}) == len(CHANGES) + 10
+    assert len(keys - {KNOWN.key}) == len(CHANGES) + 12
 
 
 def test_a_configuration_survives_json():
@@ -236,7 +240,8 @@ def test_the_learning_rate_follows_one_cycle_or_steps():
 RUN = """
 import sys, time
 from pathlib import Path
-from kure_lib.training import RunConfig, fit
+from kure_lib.configs import RunConfig
+from kure_lib.training import fit
 config = RunConfig.model_validate_json(sys.argv[1])
 fit(config, checkpoint=Path(sys.argv[2]), on_epoch=lambda epoch, values: print(epoch, flush=True))
 """

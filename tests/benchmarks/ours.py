@@ -6,8 +6,9 @@ from itertools import count
 import torch
 
 from kure_lib import data, models
+from kure_lib.configs import RunConfig
 from kure_lib.regularizers import KurtosisRegularizer
-from kure_lib.training import RunConfig, train_epoch
+from kure_lib.training import train_epoch
 
 
 def training(name: str, steps: int, kure: bool = False) -> Callable[[], None]:

@@ -7,7 +7,7 @@ import rivals
 import torch
 from measuring import THREADS
 
-from kure_lib import data, evaluation, ptq, training
+from kure_lib import configs, data, evaluation, ptq, training
 from kure_lib.steps import best_step
 
 VARIANTS = list(product((2, 3, 4, 5, 6, 8), (0.75, 0.9, 1.0, 1.25)))  # bits, Δ/Δ̃
@@ -18,7 +18,7 @@ AGREEMENT = 1.0  # percentage points between bfloat16 and float32
 @pytest.fixture(scope="module")
 def trained():
     """A ResNet-20 after a few epochs on a tenth of the images: some 80 % right."""
-    config = training.RunConfig(
+    config = configs.RunConfig(
         model="resnet20", train_size=6_000, epochs=4, learning_rate=0.1, weight_decay=5e-4, batch_size=128
     )
     model, _ = training.fit(config)
