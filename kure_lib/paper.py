@@ -126,6 +126,41 @@ STEP_SIZE_MEANS = _tidy(
     """,
 )
 
+# All 20 curves of the release, one line a file: the accuracy at Δ̃; the mean over the other ratios within 0.7–1.3
+# (0.9–1.1 for ResNet-18 with 41 ratios); and for ResNet-18 the accuracies at the two ratios next to 1, where "–"
+# means that they are not quoted. `method` is the tag in the folder's name, `corrected` the tag for bias correction.
+STEP_SIZE_FILES = _tidy(
+    "authors' step-size curves", keys="model quantizer weight_bits method corrected ratios", over="at",
+    at="below Δ̃ above mean",
+    rows="""
+        ResNet-50     LAPQ    4  none  yes  60      –  71.608      –  69.083
+        ResNet-50     LAPQ    4  KURE  yes  60      –  75.622      –  71.492
+        ResNet-50     LAPQ    3  none  yes  60      –  62.792      –  45.440
+        ResNet-50     LAPQ    3  KURE  yes  60      –  73.324      –  64.772
+        ResNet-50     LAPQ    2  none  yes  60      –  10.336      –   1.837
+        ResNet-50     LAPQ    2  KURE  yes  60      –  64.156      –  37.046
+        ResNet-18     DoReFa  4  none  no   21 11.775  69.850  7.500  19.384
+        ResNet-18     DoReFa  4  none  no   41 15.475  68.350  3.875  15.657
+        ResNet-18     DoReFa  4  none  no   61 12.520  68.580  3.820  17.650
+        ResNet-18     DoReFa  4  none  yes  61 10.640  68.140 62.000  32.214
+        ResNet-18     DoReFa  4  KURE  no   21 62.275  68.625 58.775  63.788
+        ResNet-18     DoReFa  4  KURE  no   41 62.525  68.650 60.375  62.969
+        ResNet-18     DoReFa  4  KURE  no   61 63.560  68.820 57.160  63.768
+        ResNet-18     DoReFa  4  KURE  yes  61 66.720  69.200 67.660  58.413
+        MobileNet-V2  DoReFa  4  none  yes  21      –  68.880      –  55.945
+        MobileNet-V2  DoReFa  4  none  yes  41      –  69.500      –  56.071
+        MobileNet-V2  DoReFa  4  none  yes  61      –  67.520      –  55.919
+        MobileNet-V2  DoReFa  4  KURE  yes  21      –  67.800      –  32.835
+        MobileNet-V2  DoReFa  4  KURE  yes  41      –  68.860      –  33.721
+        MobileNet-V2  DoReFa  4  KURE  yes  61      –  68.720      –  33.567
+    """,
+).astype({"weight_bits": int, "ratios": int})
+
+# Divisors of the mean over layers of KURE, written in the authors' code by the name of the architecture.
+DIVISORS = pd.DataFrame({
+    "model": ["resnet18", "resnet50", "mobilenet_v2"], "divisor": [19, 52, 51], "source": "authors' code",
+})
+
 # Run-to-run spread of DoReFa + KURE.
 SUPP_TABLE_6 = pd.DataFrame([
     {"quantizer": "DoReFa", "method": "KURE", "setting": "4/4", "runs": 3, "top1": 68.4, "spread": 0.09,

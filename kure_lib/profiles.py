@@ -148,4 +148,5 @@ NEEDS = {
     "08": {"main", "qat"},
     "09": {"main", "target", "coefficient", "rivals", "tuning", "schedules"},
     "10": {"main", "activations"},
+    "13": {"main", "qat"},
 }

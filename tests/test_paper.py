@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
+from torch.nn import Conv2d
+from torchvision.models import get_model, get_model_weights
 
 from kure_lib import paper
 
@@ -123,6 +125,54 @@ def test_authors_own_curve_is_robust_on_one_side_only():
     gain = curve.KURE - curve["none"]
     assert gain[0.65] < 0
     assert (gain[1.0:] > 0).all()
+
+
+def step_size_files(at):
+    """The accuracies at Δ̃ or next to it, or the means, with one row a file."""
+    frame = paper.STEP_SIZE_FILES[paper.STEP_SIZE_FILES["at"] == at]
+    return frame.set_index(["model", "weight_bits", "method", "corrected", "ratios"]).top1
+
+
+def test_every_curve_of_the_release_has_its_best_step_and_its_mean():
+    assert len(step_size_files("Δ̃")) == len(step_size_files("mean")) == 20
+    assert (step_size_files("Δ̃") > step_size_files("mean")).all()
+
+
+def test_curves_agree_with_the_points_and_means_quoted_from_the_same_files():
+    for row in paper.STEP_SIZE_POINTS.query("ratio == 1").itertuples():
+        assert step_size_files("Δ̃")[row.model, row.weight_bits, row.method, "yes", 60] == row.top1
+    for row in paper.STEP_SIZE_MEANS.itertuples():
+        assert round(step_size_files("mean")[row.model, 4, row.method, "no", 21], 1) == row.mean_top1
+
+
+@pytest.mark.parametrize(("model", "ratios", "images"), [
+    ("ResNet-50", 60, 50_000), ("ResNet-18", 21, 4_000), ("ResNet-18", 41, 4_000), ("ResNet-18", 61, 5_000),
+    ("MobileNet-V2", 21, 5_000), ("MobileNet-V2", 41, 5_000), ("MobileNet-V2", 61, 5_000),
+])
+def test_accuracies_of_a_file_are_whole_numbers_of_images(model, ratios, images):
+    """A mistyped digit would most likely not be one."""
+    rows = paper.STEP_SIZE_FILES.query("model == @model and ratios == @ratios and `at` != 'mean'")
+    right = rows.top1 * images / 100
+    np.testing.assert_allclose(right, right.round(), atol=1e-6)
+
+
+def test_means_of_mobilenet_are_the_other_way_round_by_folder():
+    means = step_size_files("mean").unstack("method")
+    gain = means.KURE - means["none"]
+    assert (gain.loc["MobileNet-V2"] < 0).all()
+    assert (gain.drop("MobileNet-V2") > 0).all()
+
+
+def test_pretrained_networks_of_table_1_are_those_of_torchvision():
+    for model, builder in (("ResNet-18", "resnet18"), ("ResNet-50", "resnet50"), ("MobileNet-V2", "mobilenet_v2")):
+        own = get_model_weights(builder).IMAGENET1K_V1.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        assert top1(paper.TABLE_1, model=model, method="none", setting="FP") == pytest.approx(own, abs=0.1)
+
+
+def test_divisors_count_every_convolution_but_the_first():
+    for row in paper.DIVISORS.itertuples():
+        network = get_model(row.model)
+        assert sum(isinstance(layer, Conv2d) for layer in network.modules()) - 1 == row.divisor
 
 
 def test_hyper_parameters_have_one_row_a_recipe():

@@ -9,6 +9,7 @@ from kure_lib import paths, verdicts
 from kure_lib.paths import KureError
 
 PAPER_CLAIMS = ["L1", "L2", "L3", "T4", "O1", "B1", "K1", "K2", "S1", "S2", "S3", "W1", "W2", "R1", "V1"]
+OURS = ["P1"]
 QUESTIONS = [f"Q{number}" for number in range(1, 14)]
 FIRST, SECOND = "03_kurtosis_regularization", "05_kurtosis_target"
 
@@ -29,15 +30,15 @@ def kept(results, id):
 # Claims
 
 def test_every_claim_and_every_question_is_there_in_order():
-    assert sorted(verdicts.claims()) == sorted(PAPER_CLAIMS + QUESTIONS)
+    assert sorted(verdicts.claims()) == sorted(PAPER_CLAIMS + OURS + QUESTIONS)
     assert list(verdicts.claims())[-13:] == QUESTIONS
 
 
-@pytest.mark.parametrize("id", PAPER_CLAIMS + QUESTIONS)
+@pytest.mark.parametrize("id", PAPER_CLAIMS + OURS + QUESTIONS)
 def test_a_claim_is_one_sentence_with_a_source_and_a_refutation(id):
     claim = verdicts.claims()[id]
     assert claim.source
-    assert claim.statement.endswith("?" if id.startswith("Q") else ".")
+    assert claim.statement.endswith("?" if id in OURS + QUESTIONS else ".")
     assert len(re.findall(r"[.?](?=\s|$)", claim.statement)) == 1
     assert claim.refuted_by.endswith(".")
     assert claim.notebooks
