@@ -10,7 +10,7 @@ import pandas as pd
 from kure_lib import runs
 from kure_lib.configs import KureConfig, RivalConfig, RunConfig
 from kure_lib.paths import KureError, use_profile
-from kure_lib.profiles import NEEDS, PROFILES, TUNING_SIZE, WEIGHT_DECAYS, Contender, Recipe
+from kure_lib.profiles import NEEDS, PROFILES, TUNING_SIZE, Contender, Recipe
 from kure_lib.qat import QatConfig
 
 KURE = KureConfig()  # the paper's setting everywhere: K_T = 1.8, λ = 1
@@ -157,7 +157,7 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
     if seed < recipe.scratch_seeds:
         result.append(planned("scratch", "scratch", recipe.pretraining, regularizer=KURE))
     if seed < recipe.rival_seeds:
-        for contender in recipe.contenders:
+        for contender in (c for c in recipe.contenders if seed < c.seeds):
             settings = _contending(recipe, contender, contender.strength, contender.weight_decay)
             result.append(planned(contender.arm, "rivals", settings, **start))
     if seed < recipe.schedule_seeds:
@@ -169,10 +169,10 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
         first = planned("pretrained", "tuning", recipe.pretraining, held_out=recipe.held_out)
         tried = {"start": first.config, "held_out": recipe.held_out, "train_size": TUNING_SIZE}
         result.append(first)
-        for contender in (c for c in recipe.contenders if c.tuned):
+        for contender in recipe.contenders:
             own = recipe.fine_tuning["weight_decay"]
             pairs = [(strength, own) for strength in contender.strengths]
-            pairs += [(contender.strength, decay) for decay in WEIGHT_DECAYS]
+            pairs += [(contender.strength, decay) for decay in contender.weight_decays]
             for pair in dict.fromkeys(pairs):
                 result.append(planned(contender.arm, "tuning", _contending(recipe, contender, *pair), **tried))
     return result

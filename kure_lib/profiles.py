@@ -2,13 +2,17 @@
 
 from dataclasses import dataclass, field
 
+WEIGHT_DECAYS = (5e-4, 2.5e-3, 1.25e-2)
+TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
+
 
 @dataclass(frozen=True)
 class Contender:
     """An arm of the comparison with rivals: a `method` of `RivalConfig` or none, with `kure` or without.
 
-    `strengths` were tried at the recipe's own weight decay, then `WEIGHT_DECAYS` at the best of them, on images held
-    out of training; `strength` and `weight_decay` are what was best there, which notebook 09 checks.
+    `strengths` were tried at the recipe's own weight decay, then `weight_decays` at the best of them, on images held
+    out of training; `strength` and `weight_decay` are what was best there, which notebook 09 checks. At most `seeds`
+    networks are trained with them.
     """
 
     arm: str
@@ -16,8 +20,9 @@ class Contender:
     strength: float | None = None
     weight_decay: float = 5e-4
     strengths: tuple[float, ...] = ()
-    tuned: bool = True
+    weight_decays: tuple[float, ...] = WEIGHT_DECAYS
     kure: bool = False
+    seeds: int = 3
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,10 @@ def _imagenet(model: str, batch_size: int, epochs: int, **sweeps) -> Recipe:
     )
 
 
-WEIGHT_DECAYS = (5e-4, 2.5e-3, 1.25e-2)
-TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
-
 CONTENDERS = (
     Contender("l2", weight_decay=2.5e-3),
-    Contender("gradient_l1", "gradient_l1", 0.01, strengths=(0.001, 0.01, 0.1)),
+    Contender("gradient_l1", "gradient_l1", 1e-4, strengths=(1e-5, 1e-4, 1e-3), weight_decays=()),
+    Contender("gradient_l1_strong", "gradient_l1", 1e-3, weight_decays=(), seeds=1),
     Contender("range", "range", 0.1, strengths=(0.01, 0.1, 1.0)),
     Contender("outliers", "outliers", 10.0, strengths=(1.0, 10.0, 100.0)),
     Contender("entropy", "entropy", 1.0, strengths=(0.1, 1.0, 10.0)),
@@ -109,7 +112,8 @@ SWEEP = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 
 PROFILES: dict[str, tuple[Recipe, ...]] = {
     "smoke": (
         _with(SMALL_RESNET, TINY, TINY, targets=(3.0,), coefficients=(0.1,), scratch_seeds=1, activation_seeds=1,
-              quantizers=(("dorefa 4/4", 1), ("lsq 4/4", 1))),
+              quantizers=(("dorefa 4/4", 1), ("lsq 4/4", 1)), contenders=CONTENDERS, rival_seeds=1,
+              schedules=SCHEDULES[:1], schedule_seeds=1),
         _with(SMALL_MOBILENET, TINY, TINY, coefficients=(0.1,)),
     ),
     "quick": (
@@ -119,7 +123,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
     ),
     "study": (
         _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=1, activation_seeds=3, **SWEEP,
-              contenders=CONTENDERS, rival_seeds=3, held_out=10_000, schedules=SCHEDULES, schedule_seeds=3,
+              contenders=CONTENDERS, rival_seeds=3, held_out=10_000, schedules=SCHEDULES, schedule_seeds=2,
               quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
@@ -134,7 +138,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
 
 #: Parameters of notebooks, other than the profile, that a profile changes.
 PARAMETERS = {
-    "smoke": {"02": {"image_count": 50}, "06": {"points": 3}},
+    "smoke": {"02": {"image_count": 50}, "06": {"points": 3}, "09": {"points": 3}},
     "quick": {"06": {"points": 9}},
 }
 

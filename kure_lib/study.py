@@ -31,6 +31,7 @@ SECONDS_PER_EPOCH = {
     "float32": {"resnet20": 65, "mobilenet_v2_050": 62},
 }
 QUANTIZED = 1.4  # times as long, for quantization-aware training
+SLOWER = {"gradient_l1": 6.0, "sam": 2.0}  # and with these rivals
 
 
 def seconds_left(planned: Plan) -> float:
@@ -41,7 +42,7 @@ def seconds_left(planned: Plan) -> float:
 
 def _seconds(run: Planned) -> float:
     share = 1.0 if run.config.train_size is None else run.config.train_size / 60_000
-    slower = QUANTIZED if run.quantizer else 1
+    slower = QUANTIZED if run.quantizer else SLOWER.get(run.config.rival.method, 1) if run.config.rival else 1
     return run.config.epochs * share * slower * SECONDS_PER_EPOCH[evaluation.precision()].get(run.model, float("nan"))
 
 
