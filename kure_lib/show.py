@@ -45,7 +45,7 @@ NAME = {
     "pretrained": "pre-trained", "control": "control", "kure": "KURE", "scratch": "KURE from scratch",
     "l2": "stronger L2", "gradient_l1": "gradient ℓ1", "gradient_l1_strong": "gradient ℓ1, stronger", "range": "range",
     "outliers": "outliers", "entropy": "entropy", "variation": "variation of |w|",
-    "noise": "weight noise", "sam": "SAM", "ema": "EMA", "kure_l2": "KURE, stronger L2",
+    "noise": "weight noise", "sam": "SAM", "ema": "EMA", "kure_outliers": "KURE + outliers",
     "resnet20": "ResNet-20", "mobilenet_v2_050": "MobileNet-V2 0.5",
     "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNet-V2",
 }  # fmt: skip
