@@ -154,5 +154,6 @@ NEEDS = {
     "08": {"main", "qat"},
     "09": {"main", "target", "coefficient", "rivals", "tuning", "schedules"},
     "10": {"main", "activations"},
+    "11": {"main", "target"},
     "13": {"main", "qat"},
 }

@@ -12,8 +12,8 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
 from kure_lib import activations, calibration
 from kure_lib.paths import KureError
-from kure_lib.quantizers import MID_RISE, UNSIGNED, Grid, quantize
-from kure_lib.steps import best_step
+from kure_lib.quantizers import MID_RISE, UNSIGNED, quantize
+from kure_lib.steps import Format, best_step
 from kure_lib.steps import power_of_two as nearest_power_of_two
 
 BATCH = 256  # images at a time for new batch-norm statistics
@@ -35,6 +35,7 @@ class QuantizationSpec(BaseModel):
     grid: str = "mid_rise"
     step_ratio: float = Field(1.0, gt=0)
     per_channel: bool = False
+    block: int | None = Field(None, ge=1)
     activation_bits: int | None = Field(None, ge=1, le=16)
     activation_ratio: float = Field(1.0, gt=0)
     power_of_two: bool = False
@@ -66,7 +67,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 class FakeQuantize(nn.Module):
     """The parametrization W → Q_Δ(W); with `correction`, each output channel keeps its mean and variance."""
 
-    def __init__(self, step: Tensor, bits: int, grid: Grid, correction: bool = False):
+    def __init__(self, step: Tensor, bits: int, grid: Format, correction: bool = False):
         super().__init__()
         self.bits, self.grid, self.correction = bits, grid, correction
         self.register_buffer("step", step)
@@ -123,10 +124,11 @@ def quantized(
     model: nn.Module,
     weight_bits: int | None,
     method: str = "mse",
-    grid: Grid = MID_RISE,
+    grid: Format = MID_RISE,
     step_ratio: float = 1.0,
     layers: Iterable[str] | None = None,
     per_channel: bool = False,
+    block: int | None = None,
     activation_bits: int | None = None,
     activation_ratio: float = 1.0,
     images: Tensor | None = None,
@@ -137,13 +139,13 @@ def quantized(
 ) -> Iterator[nn.Module]:
     """The model with the weights of its layers, and what its ReLUs put out, quantized; None leaves either as it is.
 
-    The step of each layer is chosen by `method` (see `steps.best_step`) and multiplied by `step_ratio`, the
-    Δ/Δ̃ of the paper's Fig. 4; `power_of_two` then rounds it. `layers` names the layers; the default is all
-    but the first and the last. Activations are quantized on the `UNSIGNED` grid, with steps calibrated on
-    `images` [N, C, H, W] by the same method and multiplied by `activation_ratio`. `steps` gives steps of layers
-    and sites instead of choosing them. `bias_correction` is that of `corrected`, `reestimate_batch_norm` that
-    of `calibration.reestimated_batch_norm`. A step of `steps` that is changed in place takes effect at the next
-    forward pass. Nothing is written into the model: after the block, also when an exception leaves it, it is
+    The step of each layer, channel or `block` is chosen by `method` (see `steps.best_step`) and multiplied by
+    `step_ratio`, the Δ/Δ̃ of the paper's Fig. 4; `power_of_two` then rounds it. `layers` names the layers; the
+    default is all but the first and the last. Activations are quantized on the `UNSIGNED` grid, with steps
+    calibrated on `images` [N, C, H, W] by the same method and multiplied by `activation_ratio`. `steps` gives steps
+    of layers and sites instead of choosing them. `bias_correction` is that of `corrected`, `reestimate_batch_norm`
+    that of `calibration.reestimated_batch_norm`. A step of `steps` that is changed in place takes effect at the
+    next forward pass. Nothing is written into the model: after the block, also when an exception leaves it, it is
     what it was. Raises `KureError` for an unknown layer, for weights that cannot be
     quantized, and where calibration images are needed and there are none.
     """
@@ -171,7 +173,7 @@ def quantized(
             for name, layer in chosen.items():
                 try:
                     step = given[name] if name in given else best_step(
-                        layer.weight, weight_bits, grid, method, per_channel)  # fmt: skip
+                        layer.weight, weight_bits, grid, method, per_channel, block)  # fmt: skip
                 except KureError as error:
                     raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
                 step = final(step, step_ratio).to(layer.weight.device)

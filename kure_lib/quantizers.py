@@ -1,7 +1,8 @@
 """Uniform quantization grids, and the one quantizer that every other module uses.
 
 A grid says which multiples of the step are levels; the step says how far apart they are; the scope
-(per tensor or per channel) is the shape of the step. The three choices are independent.
+(per tensor, per channel or per block) is the shape of the step. The three choices are independent, and
+a format that is no uniform grid, a codebook of `formats`, may stand wherever a grid does.
 
 The literature means three different things by "uniform M-bit quantizer", and several of the paper's
 statements are true on one grid and false on another, so a grid is always named.
@@ -10,9 +11,11 @@ statements are true on one grid and false on another, so a grid is always named.
 from dataclasses import dataclass
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kure_lib.formats import CODEBOOKS, Codebook, nearest
 from kure_lib.paths import KureError
 
 MAX_BITS = 16
@@ -40,6 +43,10 @@ class Grid:
         codes = 2**bits + self.extra_level
         return self.lowest(bits) + codes - 1
 
+    def levels(self, bits: int) -> np.ndarray:
+        """All levels [levels] in units of the step, ascending, float64."""
+        return np.arange(self.lowest(bits), self.highest(bits) + 1) + self.offset
+
     def outermost(self, bits: int) -> float:
         """Distance of the highest level from zero, in steps."""
         return self.highest(bits) + self.offset or 1.0
@@ -57,11 +64,12 @@ UNSIGNED = Grid("unsigned", offset=0.0, signed=False)
 GRIDS = {grid.name: grid for grid in (MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED)}
 
 
-def grid_named(name: str) -> Grid:
-    """The grid of that name; `KureError` lists the known ones."""
-    if name not in GRIDS:
-        raise KureError(f"Unknown quantization grid '{name}': choose one of {', '.join(GRIDS)}.")
-    return GRIDS[name]
+def grid_named(name: str) -> Grid | Codebook:
+    """The grid or codebook of that name; `KureError` lists the known ones."""
+    known = GRIDS | CODEBOOKS
+    if name not in known:
+        raise KureError(f"Unknown quantization grid '{name}': choose one of {', '.join(known)}.")
+    return known[name]
 
 
 def check_bits(bits: int) -> None:
@@ -69,14 +77,14 @@ def check_bits(bits: int) -> None:
         raise KureError(f"Cannot quantize to {bits} bits: give a whole number from 1 to {MAX_BITS}.")
 
 
-def levels(bits: int, grid: Grid = MID_RISE) -> Tensor:
+def levels(bits: int, grid: Grid | Codebook = MID_RISE) -> Tensor:
     """All levels of the grid in units of the step, ascending, float64 of shape [levels].
 
     >>> levels(2, SIGNED_INT).tolist()
     [-2.0, -1.0, 0.0, 1.0]
     """
     check_bits(bits)
-    return torch.arange(grid.lowest(bits), grid.highest(bits) + 1, dtype=torch.float64) + grid.offset
+    return torch.from_numpy(grid.levels(bits))
 
 
 def round_straight_through(x: Tensor) -> Tensor:
@@ -84,18 +92,22 @@ def round_straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Grid = MID_RISE) -> Tensor:
-    """Q_Δ(x): the nearest level of an M-bit uniform grid of the given step (paper, Eq. 1).
+def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Grid | Codebook = MID_RISE) -> Tensor:
+    """Q_Δ(x): the nearest level of an M-bit grid of the given step (paper, Eq. 1), or of a codebook of that scale.
 
     `x` has any shape; `step` > 0 is a number or a tensor that broadcasts against it (a [C, 1, 1, 1]
-    step quantizes per channel). Gradients are straight-through: 1 inside the clipping range and 0
-    outside for `x`, the quantization error in steps for `step` (the gradient LSQ trains with).
+    step quantizes per channel, one of x's own shape by blocks). Gradients are straight-through: 1 inside the
+    clipping range and 0 outside for `x`, the quantization error in steps for `step` (the gradient LSQ trains with).
+    Raises `KureError` for a bit-width that is not a codebook's.
 
     >>> quantize(torch.tensor([-9.0, 0.2, 0.8]), 1.0, 2).tolist()
     [-1.5, 0.5, 0.5]
     """
     check_bits(bits)
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
+    if isinstance(grid, Codebook):
+        grid.levels(bits)  # an error if the format has other bits
+        return nearest(x / step, grid) * step
     if not (torch.is_grad_enabled() and (x.requires_grad or step.requires_grad)):  # the same numbers in fewer passes
         codes = x.mul(step.reciprocal()).sub_(grid.offset).round_().clamp_(grid.lowest(bits), grid.highest(bits))
         return codes.add_(grid.offset).mul_(step)

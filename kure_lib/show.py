@@ -35,12 +35,26 @@ LINE = {
     "mid_rise": {"color": "#009E73", "linestyle": "-", "marker": "o"},
     "mid_tread": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "signed_int": {"color": "#CC79A7", "linestyle": "-.", "marker": "^"},
+    # number formats: integers are the mid-rise grid's
+    "int8": {"color": "#009E73", "linestyle": "-", "marker": "o"},
+    "int4": {"color": "#009E73", "linestyle": "-", "marker": "o"},
+    "int3": {"color": "#009E73", "linestyle": ":", "marker": "o"},
+    "fp8_e4m3": {"color": "#E69F00", "linestyle": "-", "marker": "v"},
+    "fp8_e5m2": {"color": "#E69F00", "linestyle": ":", "marker": "^"},
+    "fp6_e2m3": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "fp6_e3m2": {"color": "#D55E00", "linestyle": ":", "marker": "x"},
+    "fp4_e2m1": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "nf4": {"color": "#CC79A7", "linestyle": "-.", "marker": "^"},
+    "pot4": {"color": "#7F7F7F", "linestyle": ":", "marker": "v"},
+    "mxfp4": {"color": "#56B4E9", "linestyle": "--", "marker": "D"},
+    "mxfp6": {"color": "#56B4E9", "linestyle": "--", "marker": "D"},
+    "nvfp4": {"color": "#0072B2", "linestyle": "-", "marker": "P"},
     # published values beside ours
     "paper": {"color": "#000000", "linestyle": ":", "marker": "x"},
 }
 COLOR = {name: line["color"] for name, line in LINE.items()}
 
-#: What a reader sees in place of the names of arms and networks in records.
+#: What a reader sees in place of the names of arms, networks and formats in records.
 NAME = {
     "pretrained": "pre-trained", "control": "control", "kure": "KURE", "scratch": "KURE from scratch",
     "l2": "stronger L2", "gradient_l1": "gradient ℓ1", "gradient_l1_strong": "gradient ℓ1, stronger", "range": "range",
@@ -48,6 +62,9 @@ NAME = {
     "noise": "weight noise", "sam": "SAM", "ema": "EMA", "kure_outliers": "KURE + outliers",
     "resnet20": "ResNet-20", "mobilenet_v2_050": "MobileNet-V2 0.5",
     "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNet-V2",
+    "int8": "INT8", "int4": "INT4", "int3": "INT3", "fp8_e4m3": "FP8 E4M3", "fp8_e5m2": "FP8 E5M2",
+    "fp6_e2m3": "FP6 E2M3", "fp6_e3m2": "FP6 E3M2", "fp4_e2m1": "FP4 E2M1", "nf4": "NF4", "pot4": "power of two",
+    "mxfp4": "MXFP4", "mxfp6": "MXFP6 E2M3", "nvfp4": "NVFP4",
 }  # fmt: skip
 
 

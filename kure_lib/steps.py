@@ -13,10 +13,13 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from kure_lib import theory
+from kure_lib.formats import Codebook, block_scale
 from kure_lib.paths import KureError
 from kure_lib.quantizers import MID_RISE, Grid, check_bits, levels
 
 COARSE, FINE = 512, 12  # points of the first scan and of each finer one
+Format = Grid | Codebook
+DENSER = 4  # times as many points in the first scan for codebooks: a float has a valley for every level of an octave
 VALLEYS, ROUNDS = 12, 1  # valleys that are followed, and finer scans after the first
 SCAN, SAMPLE = 48, 2**16  # steps tried, and values looked at, for norms other than the second
 
@@ -48,7 +51,7 @@ class EmpiricalDistribution:
     def max_abs(self) -> float:
         return float(max(-self.values[0], self.values[-1]))
 
-    def cells(self, steps: np.ndarray, bits: int, grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def cells(self, steps: np.ndarray, bits: int, grid: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Levels in units of the step [K], and for each step and cell the count and the sum of x: [S, K] each."""
         level = levels(bits, grid).numpy()
         thresholds = steps[:, None] * (level[1:] + level[:-1]) / 2
@@ -61,7 +64,7 @@ def _as_distribution(x: Tensor | EmpiricalDistribution) -> EmpiricalDistribution
     return x if isinstance(x, EmpiricalDistribution) else EmpiricalDistribution(x)
 
 
-def mse_curve(x: Tensor | EmpiricalDistribution, steps, bits: int, grid: Grid = MID_RISE) -> Tensor:
+def mse_curve(x: Tensor | EmpiricalDistribution, steps, bits: int, grid: Format = MID_RISE) -> Tensor:
     """MSE(X, Δ) = E[(X − Q_Δ(X))²] at each of the steps: float64 of shape [steps], exact.
 
     >>> mse_curve(torch.tensor([-0.9, 0.2, 0.5]), [1.0], bits=2).item()
@@ -74,20 +77,23 @@ def mse_curve(x: Tensor | EmpiricalDistribution, steps, bits: int, grid: Grid = 
     return torch.from_numpy(np.maximum(error, 0) / x.values.size)
 
 
-def max_abs_step(x: EmpiricalDistribution, bits: int, grid: Grid) -> float:
+def max_abs_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
     """The step whose outermost level is the largest magnitude: nothing is clipped."""
     return x.max_abs / grid.outermost(bits)
 
 
-def mse_step(x: EmpiricalDistribution, bits: int, grid: Grid) -> float:
+def mse_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
     """The step of least MSE, the global minimum.
 
-    Between two steps at which some value changes its cell, the MSE is a parabola in Δ. A scan over all
-    useful steps finds the deepest valleys, finer scans follow each of them down, and from there
-    Δ = Σ x·code / Σ code², with the codes of the Δ before, leads to the bottom of the parabola.
+    The outermost level lies at most at twice the largest magnitude: beyond, a float at half the scale has all the
+    levels it had within reach and more, and a grid has finer ones. Between two steps at which some value changes
+    its cell, the MSE is a parabola in Δ. A scan over all useful steps finds the deepest valleys, finer scans follow
+    each of them down, and from there Δ = Σ x·code / Σ code², with the codes of the Δ before, leads to the bottom
+    of the parabola.
     """
     widest = 2 * max_abs_step(x, bits, grid)
-    steps = np.geomspace(widest * min(0.1, x.mean_abs / (4 * x.max_abs)), widest, COARSE)[None]
+    points = COARSE * (DENSER if isinstance(grid, Codebook) else 1)
+    steps = np.geomspace(widest * min(0.1, x.mean_abs / (4 * x.max_abs)), widest, points)[None]
     for _ in range(1 + ROUNDS):
         error = mse_curve(x, steps.ravel(), bits, grid).numpy().reshape(steps.shape)
         low, high = _brackets(steps, error)
@@ -113,23 +119,24 @@ def _brackets(steps: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndar
     return steps[row, np.maximum(best - 1, 0)], steps[row, np.minimum(best + 1, steps.shape[1] - 1)]
 
 
-def percentile_step(x: EmpiricalDistribution, bits: int, grid: Grid, percent: float = 99.9) -> float:
+def percentile_step(x: EmpiricalDistribution, bits: int, grid: Format, percent: float = 99.9) -> float:
     """The step whose outermost level is a percentile of the magnitudes, 99.9 unless named."""
     magnitudes = np.abs(x.values)
     return float(np.percentile(magnitudes[magnitudes > 0], percent)) / grid.outermost(bits)
 
 
-def lp_step(x: EmpiricalDistribution, bits: int, grid: Grid, p: float = 2.0) -> float:
+def lp_step(x: EmpiricalDistribution, bits: int, grid: Format, p: float = 2.0) -> float:
     """The step of least E|X − Q_Δ(X)|^p, on at most `SAMPLE` quantiles of the tensor; LAPQ starts here.
 
     A large p minds the clipped values more, a small one the many in the middle.
     """
     values = x.values[:: -(-x.values.size // SAMPLE)].astype(np.float64)
     level = levels(bits, grid).numpy()
+    middle = (level[1:] + level[:-1]) / 2
 
     def error(step: float) -> float:
-        code = np.clip(np.round(values / step - grid.offset) + grid.offset, level[0], level[-1])
-        return float((np.abs(values - step * code) ** p).mean())
+        nearest = level[np.searchsorted(middle, values / step)]
+        return float((np.abs(values - step * nearest) ** p).mean())
 
     widest = 2 * max_abs_step(x, bits, grid)
     steps = np.geomspace(widest * min(0.1, x.mean_abs / (4 * x.max_abs)), widest, SCAN)
@@ -138,7 +145,7 @@ def lp_step(x: EmpiricalDistribution, bits: int, grid: Grid, p: float = 2.0) -> 
     return float(minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 1e-4 * bounds[0]}).x)
 
 
-def aciq_step(x: EmpiricalDistribution, bits: int, grid: Grid, family: str | None = None) -> float:
+def aciq_step(x: EmpiricalDistribution, bits: int, grid: Format, family: str | None = None) -> float:
     """The optimal step of a `normal`, `laplace` or `uniform` distribution fitted to the tensor (Banner et al. 2019).
 
     Without a name the family is the one whose E|X|/√E[X²] is closest to the tensor's. On an unsigned grid the
@@ -161,9 +168,13 @@ ARGUMENTS = {"percentile": float, "lp": float, "aciq": str}
 
 
 def best_step(
-    x: Tensor | EmpiricalDistribution, bits: int, grid: Grid = MID_RISE, method: str = "mse", per_channel: bool = False
-) -> Tensor:
+    x: Tensor | EmpiricalDistribution, bits: int, grid: Format = MID_RISE, method: str = "mse",
+    per_channel: bool = False, block: int | None = None,
+) -> Tensor:  # fmt: skip
     """The step Δ for a tensor, float32 without dimensions; or for each channel, of shape [C, 1, …, 1].
+
+    Or with `block` for that many weights of a channel in a row, the last block perhaps shorter, of the tensor's own
+    shape: then `method` is `max_abs`, `mx` or `nvfp4` (see `formats.block_scale`).
 
     `method` is `mse` (least mean squared error, Δ̃ of the paper), `max_abs` (no clipping), `percentile:99.9`,
     `lp:2.5` (least p-norm of the error) or `aciq:laplace` (optimal for a fitted distribution); what follows the
@@ -174,6 +185,8 @@ def best_step(
     >>> best_step(torch.linspace(-1, 1, 1001), bits=2).item()
     0.5...
     """
+    if block is not None:
+        return _block_steps(x, bits, grid, method, per_channel, block)
     name, _, argument = method.partition(":")
     if name not in METHODS:
         raise KureError(f"Unknown method '{method}' to choose a step: choose one of {', '.join(METHODS)}.")
@@ -187,12 +200,30 @@ def best_step(
         steps = [best_step(channel, bits, grid, method) for channel in x]
         return torch.stack(steps).reshape(-1, *[1] * (x.dim() - 1))
     x = _as_distribution(x)
-    if x.max_abs == 0:
-        raise KureError("Cannot choose a step for a tensor that is zero everywhere.")
+    _check_not_zero(x.max_abs)
     step = METHODS[name](x, bits, grid, *arguments)
     if not step > 0:
         raise KureError(f"No step suits the tensor: the {bits}-bit grid {grid.name} has no levels on its side of zero.")
     return torch.tensor(step, dtype=torch.float32)
+
+
+def _check_not_zero(largest: float | Tensor) -> None:
+    if largest == 0:
+        raise KureError("Cannot choose a step for a tensor that is zero everywhere.")
+
+
+def _block_steps(x: Tensor, bits: int, grid: Format, method: str, per_channel: bool, block: int) -> Tensor:
+    if per_channel or block < 1:
+        raise KureError(f"A block of {block} values cannot have a step of its own: give a size from 1 on, and "
+                        "no steps per channel.")  # fmt: skip
+    rows = x.detach().abs().flatten(1).float()
+    if not rows.isfinite().all():
+        raise KureError("Cannot choose steps for blocks with infinite or NaN values.")
+    _check_not_zero(rows.max())
+    width = rows.shape[1]
+    blocks = torch.nn.functional.pad(rows, (0, -width % block)).unflatten(1, (-1, block))
+    scale = block_scale(blocks.amax(-1), method, grid.outermost(bits))
+    return scale.repeat_interleave(block, 1)[:, :width].reshape(x.shape)
 
 
 def power_of_two(step: Tensor) -> Tensor:

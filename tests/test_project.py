@@ -20,8 +20,8 @@ from kure_lib import verdicts
 from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 
 FLOORS = (
-    {"theory", "paper", "paths"},
-    {"kurtosis", "activations", "regularizers", "uniformizing", "quantizers", "steps"},
+    {"theory", "distributions", "paper", "paths"},
+    {"kurtosis", "activations", "regularizers", "uniformizing", "formats", "quantizers", "steps"},
     {"data", "models", "calibration", "evaluation", "ptq", "lapq", "qat", "rivals", "configs", "training"},
     {"records", "runs", "verdicts", "show"},
     {"__main__", "study", "plans", "profiles", "notebooks", "report"},

@@ -1,6 +1,7 @@
 """A quantized model is a view: right inside the block, gone without a trace after it."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from torchvision import models as torchvision_models
 
 from conftest import same_weights
 from kure_lib import models
-from kure_lib.paths import KureError
-from kure_lib.ptq import quantized, quantized_layers
+from kure_lib.formats import FP4_E2M1, NF4
+from kure_lib.paths import ROOT, KureError
+from kure_lib.ptq import QuantizationSpec, quantized, quantized_layers
 from kure_lib.quantizers import MID_RISE, MID_TREAD, SIGNED_INT, quantize
 from kure_lib.steps import best_step
+
+RECORDS = sorted((ROOT / "results" / "study" / "records").glob("*.json"))
 
 
 class Snapshot:
@@ -166,3 +170,39 @@ def test_under_inference_mode_the_view_computes_the_same(tiny_model):
         expected = view(images)
     with torch.inference_mode(), quantized(tiny_model, 3) as view:
         assert torch.equal(view(images), expected)
+
+
+FORMATS = pytest.mark.parametrize(
+    ("grid", "bits", "options"),
+    [
+        (FP4_E2M1, 4, {}),
+        (NF4, 4, {"per_channel": True}),
+        (FP4_E2M1, 4, {"method": "mx", "block": 32}),
+        (FP4_E2M1, 4, {"method": "nvfp4", "block": 16}),
+        (MID_RISE, 3, {"method": "max_abs", "block": 8}),
+    ],
+    ids=["tensor", "channel", "mx", "nvfp4", "integers by block"],
+)
+
+
+@FORMATS
+def test_number_formats_are_a_view_too(tiny_model, grid, bits, options):
+    before = Snapshot(tiny_model)
+    weights = {name: layer.weight.detach().clone() for name, layer in quantized_layers(tiny_model).items()}
+    with quantized(tiny_model, bits, grid=grid, **options) as view:
+        for name, weight in weights.items():
+            wanted = quantize(weight, best_step(weight, bits, grid, **options), bits, grid)
+            assert torch.equal(view.get_submodule(name).weight, wanted)
+    assert before.is_of(tiny_model)
+
+
+def test_a_format_with_other_bits_is_an_error_that_names_the_layer(tiny_model):
+    with pytest.raises(KureError, match=r"Layer '2'.*fp4_e2m1 has 4 bits"), quantized(tiny_model, 3, grid=FP4_E2M1):
+        pass
+
+
+def test_evaluations_on_record_are_still_found():
+    """The key of a specification is the name of its evaluation in every record: new fields must not change it."""
+    keys = {key for file in RECORDS for key in json.loads(file.read_text())["evaluations"]}
+    assert len(keys) > 10
+    assert [key for key in keys if QuantizationSpec(**json.loads(key)).key != key] == []

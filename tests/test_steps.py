@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kure_lib import paper, theory
+from kure_lib.formats import CODEBOOKS, FP8_E4M3, FP8_E5M2
 from kure_lib.paths import KureError
 from kure_lib.quantizers import GRIDS, MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, levels, quantize
 from kure_lib.steps import EmpiricalDistribution, best_step, mse_curve, power_of_two
@@ -79,6 +80,58 @@ def test_no_step_at_all_is_better_on_a_small_tensor(grid, bits, size, law, seed)
     step = best_step(torch.from_numpy(x), bits, grid).double().item()
     slack = 1e-10 * np.square(x).mean()  # the step is float32
     assert brute_mse(x, step, bits, grid) <= all_best(x, bits, grid) * (1 + 1e-6) + slack
+
+
+EVERY_BOOK = pytest.mark.parametrize("book", CODEBOOKS.values(), ids=lambda book: book.name)
+
+
+@EVERY_BOOK
+def test_the_curve_of_a_codebook_is_brute_force_and_its_quantizers(book):
+    x = torch.from_numpy(draw("laplace", 3000, MID_RISE))
+    steps = np.geomspace(1e-2, 10, 7) / book.values[-1]
+    curve = mse_curve(x, steps, book.bits, book)
+    np.testing.assert_allclose(curve, [brute_mse(x, step, book.bits, book) for step in steps], rtol=1e-9)
+    errors = [(x - quantize(x, step, book.bits, book)).square().mean().item() for step in steps]
+    np.testing.assert_allclose(curve, errors, rtol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    book=st.sampled_from([book for book in CODEBOOKS.values() if book.bits == 4]), size=st.integers(2, 30),
+    law=st.sampled_from(["normal", "laplace", "uniform", "exponential"]), seed=st.integers(0, 10_000),
+)  # fmt: skip
+def test_no_scale_of_a_codebook_at_all_is_better_on_a_small_tensor(book, size, law, seed):
+    x = draw(law, size, MID_RISE, seed)
+    step = best_step(torch.from_numpy(x), 4, book).double().item()
+    slack = 1e-10 * np.square(x).mean()  # the step is float32
+    assert brute_mse(x, step, 4, book) <= all_best(x, 4, book) * (1 + 1e-6) + slack
+
+
+@EVERY_BOOK
+@pytest.mark.parametrize("law", ["normal", "laplace", "uniform", "standard_cauchy"])
+def test_no_scale_of_40_octaves_is_better_on_a_large_tensor(book, law):
+    x = torch.from_numpy(draw(law, 30_000, MID_RISE)).float()
+    scan = np.exp2(np.linspace(-8, 32, 4000)) * x.abs().max().item() / book.values[-1]
+    found = mse_curve(x, best_step(x, book.bits, book).double().item(), book.bits, book)
+    others = torch.cat([mse_curve(x, part, book.bits, book) for part in np.array_split(scan, 8)])
+    assert found.item() <= others.min().item() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("book", [FP8_E4M3, FP8_E5M2], ids=lambda book: book.name)
+def test_a_float_that_covers_a_tensor_is_no_better_at_twice_the_scale(book):
+    """What bounds the search: every level within reach at 2Δ is one at Δ too."""
+    for law in ("normal", "laplace", "uniform"):
+        x = torch.from_numpy(draw(law, 2000, MID_RISE))
+        covering = x.abs().max().item() / book.values[-1] * np.linspace(1, 2, 20)
+        assert (mse_curve(x, covering, book.bits, book) <= mse_curve(x, 2 * covering, book.bits, book) + 1e-15).all()
+
+
+@EVERY_BOOK
+@pytest.mark.parametrize("method", ["max_abs", "percentile", "lp:3", "aciq:normal"])
+def test_every_method_serves_codebooks(book, method):
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(8))
+    best, chosen = (mse_curve(x, best_step(x, book.bits, book, m).item(), book.bits, book) for m in ("mse", method))
+    assert best <= chosen * (1 + 1e-6) and chosen < 0.08  # a power of two has 14 dB
 
 
 @EVERY_GRID

@@ -12,6 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
+from kure_lib.distributions import with_kurtosis
+from kure_lib.formats import CODEBOOKS, NF4
 from kure_lib.quantizers import MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, quantize
 from kure_lib.steps import EmpiricalDistribution, mse_curve
 from kure_lib.theory import (
@@ -40,7 +42,7 @@ names = pytest.mark.parametrize("name", UNIT_VARIANCE)
 
 def mse_by_quadrature(frozen, step, bits, grid):
     """Integrate (x − level)² f(x) over each cell of the quantizer; nothing shared with the library."""
-    levels = (np.arange(grid.lowest(bits), grid.highest(bits) + 1) + grid.offset) * step
+    levels = grid.levels(bits) * step
     low, high = frozen.support()
     edges = np.concatenate([[low], (levels[1:] + levels[:-1]) / 2, [high]]).clip(low, high)
     total = 0.0
@@ -93,6 +95,51 @@ def test_scipy_route_equals_closed_form_with_derivatives(name, grid):
                          for d in (SCIPY[name], UNIT_VARIANCE[name]))  # fmt: skip
         np.testing.assert_allclose(table[0], closed[0], rtol=1e-9)
         np.testing.assert_allclose(table[1:], closed[1:], rtol=1e-7, atol=1e-8)
+
+
+every_book = pytest.mark.parametrize("book", CODEBOOKS.values(), ids=lambda book: book.name)
+
+
+@names
+@every_book
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.7])
+def test_the_identity_holds_for_codebooks(name, book, ratio):
+    step = ratio * optimal_step(UNIT_VARIANCE[name], book.bits, book)
+    expected = mse_by_quadrature(SCIPY[name], step, book.bits, book)
+    assert mse(UNIT_VARIANCE[name], step, book.bits, book) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_identity_holds_for_a_codebook_and_a_skewed_distribution():
+    """NF4 is the codebook without symmetry."""
+    frozen = OTHERS["skewed"]
+    for step in (0.8, 2.2):
+        assert mse(frozen, step, 4, NF4) == pytest.approx(mse_by_quadrature(frozen, step, 4, NF4), rel=1e-9)
+
+
+@every_book
+@pytest.mark.parametrize("kurtosis", [1.4, 1.8, 1.9, 3.0, 9.0])
+def test_no_scale_of_a_codebook_beats_the_optimum(book, kurtosis):
+    """Over 40 octaves, far beyond those that are searched: floats are nearly scale-free, but not entirely."""
+    dist = with_kurtosis(kurtosis)
+    best = optimal_step(dist, book.bits, book)
+    line = np.exp2(np.linspace(-20, 20, 8000)) / book.values[-1]
+    found = np.concatenate([mse(dist, part, book.bits, book) for part in np.array_split(line, 40)])
+    assert mse(dist, best, book.bits, book) <= found.min() * (1 + 1e-9)
+    first, second = derivatives(dist, best, book.bits, book)
+    assert abs(first) * best < 1e-9 and second > 0
+
+
+@names
+@every_book
+def test_slopes_of_a_codebook_are_differences(name, book):
+    dist = UNIT_VARIANCE[name]
+    step = 1.13 * optimal_step(dist, book.bits, book)
+    around = step * (1 + np.array([-1e-4, 1e-4]))
+    low, high = mse(dist, around, book.bits, book)
+    first_low, first_high = derivatives(dist, around, book.bits, book)[0]
+    first, second = derivatives(dist, step, book.bits, book)
+    assert first == pytest.approx((high - low) / np.diff(around)[0], rel=1e-4)
+    assert second == pytest.approx((first_high - first_low) / np.diff(around)[0], rel=1e-3)
 
 
 @names
