@@ -140,7 +140,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
 
 #: Parameters of notebooks, other than the profile, that a profile changes.
 PARAMETERS = {
-    "smoke": {"02": {"image_count": 50}, "06": {"points": 3}, "09": {"points": 3}},
+    "smoke": {"02": {"image_count": 50}, "06": {"points": 3}, "09": {"points": 3}, "11": {"rows": 128}},
     "quick": {"06": {"points": 9}},
 }
 

@@ -36,7 +36,7 @@ LINE = {
     "mid_tread": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "signed_int": {"color": "#CC79A7", "linestyle": "-.", "marker": "^"},
     # number formats: integers are the mid-rise grid's
-    "int8": {"color": "#009E73", "linestyle": "-", "marker": "o"},
+    "int8": {"color": "#009E73", "linestyle": "--", "marker": "s"},
     "int4": {"color": "#009E73", "linestyle": "-", "marker": "o"},
     "int3": {"color": "#009E73", "linestyle": ":", "marker": "o"},
     "fp8_e4m3": {"color": "#E69F00", "linestyle": "-", "marker": "v"},

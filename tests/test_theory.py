@@ -50,7 +50,7 @@ def mse_by_quadrature(frozen, step, bits, grid):
         middle = np.clip(frozen.median(), start, end)  # a Laplace density has its peak there
         for a, b in ((start, middle), (middle, end)):
             if a < b:
-                square = quad(lambda x, c=level: (x - c) ** 2 * frozen.pdf(x), a, b, epsabs=0, epsrel=1e-12)
+                square = quad(lambda x, c=level: (x - c) ** 2 * frozen.pdf(x), a, b, epsabs=1e-18, epsrel=1e-12)
                 total += square[0]
     return total
 
