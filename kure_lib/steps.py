@@ -83,13 +83,13 @@ def max_abs_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
 
 
 def mse_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
-    """The step of least MSE, the global minimum.
+    """The step of least MSE, the global minimum; for NF4, of those that reach at most twice as far as the tensor.
 
     The outermost level lies at most at twice the largest magnitude: beyond, a float at half the scale has all the
-    levels it had within reach and more, and a grid has finer ones. Between two steps at which some value changes
-    its cell, the MSE is a parabola in Δ. A scan over all useful steps finds the deepest valleys, finer scans follow
-    each of them down, and from there Δ = Σ x·code / Σ code², with the codes of the Δ before, leads to the bottom
-    of the parabola.
+    levels it had within reach and more, and a grid has finer ones; only NF4 may fit a few values better by chance.
+    Between two steps at which some value changes its cell, the MSE is a parabola in Δ. A scan over all useful steps
+    finds the deepest valleys, finer scans follow each of them down, and from there Δ = Σ x·code / Σ code², with the
+    codes of the Δ before, leads to the bottom of the parabola.
     """
     widest = 2 * max_abs_step(x, bits, grid)
     points = COARSE * (DENSER if isinstance(grid, Codebook) else 1)
