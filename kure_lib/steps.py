@@ -25,7 +25,7 @@ SCAN, SAMPLE = 48, 2**16  # steps tried, and values looked at, for norms other t
 
 
 class EmpiricalDistribution:
-    """A tensor as a distribution: its values sorted, with prefix sums of x and x², in float64.
+    """A tensor as a distribution: its values sorted, with prefix sums in float64 and Σx².
 
     Raises `KureError` for an empty tensor and for infinite or NaN values.
     """
@@ -38,9 +38,8 @@ class EmpiricalDistribution:
                             "it is empty or holds infinite or NaN values.")  # fmt: skip
         self.values = values
         self.sums = np.zeros(values.size + 1)
-        self.squares = np.zeros(values.size + 1)
         np.cumsum(values, dtype=np.float64, out=self.sums[1:])
-        np.cumsum(np.square(values, dtype=np.float64), out=self.squares[1:])
+        self.square_sum = float(np.square(values, dtype=np.float64).sum())
 
     @property
     def mean_abs(self) -> float:
@@ -73,7 +72,7 @@ def mse_curve(x: Tensor | EmpiricalDistribution, steps, bits: int, grid: Format 
     x = _as_distribution(x)
     steps = np.atleast_1d(np.asarray(steps, dtype=np.float64))
     level, count, total = x.cells(steps, bits, grid)
-    error = x.squares[-1] - 2 * steps * (total @ level) + steps**2 * (count @ level**2)
+    error = x.square_sum - 2 * steps * (total @ level) + steps**2 * (count @ level**2)
     return torch.from_numpy(np.maximum(error, 0) / x.values.size)
 
 
@@ -152,7 +151,7 @@ def aciq_step(x: EmpiricalDistribution, bits: int, grid: Format, family: str | N
     positive values are taken for one half of a symmetric distribution.
     """
     count = x.values.size if grid.signed else max(np.count_nonzero(x.values > 0), 1)
-    size, rms = x.mean_abs * x.values.size / count, (x.squares[-1] / count) ** 0.5
+    size, rms = x.mean_abs * x.values.size / count, (x.square_sum / count) ** 0.5
     fitted = {"normal": theory.Normal(rms), "laplace": theory.Laplace(size), "uniform": theory.Uniform(x.max_abs)}
     ratios = {"normal": (2 / np.pi) ** 0.5, "laplace": 0.5**0.5, "uniform": 0.75**0.5}
     family = family or min(ratios, key=lambda name: abs(ratios[name] - size / rms))
