@@ -25,7 +25,8 @@ class QuantizationSpec(BaseModel):
 
     The fields are those of `quantized`; `calibration` counts the training images, from the first on, from which
     activations, batch-norm statistics and LAPQ's steps are learned. The methods `dorefa` and `lsq` stand for the
-    quantizer that a network was trained with.
+    quantizer that a network was trained with. `master` is the way, one of `master.METHODS`, in which weights of
+    `weight_bits` are made from an 8-bit copy instead of from the network's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +44,7 @@ class QuantizationSpec(BaseModel):
     fold_batch_norm: bool = False
     reestimate_batch_norm: bool = False
     calibration: int | None = Field(None, ge=1)
+    master: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -119,6 +121,23 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
+def weight_steps(
+    layers: Mapping[str, nn.Module], bits: int, grid: Format = MID_RISE, method: str = "mse",
+    per_channel: bool = False, block: int | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The step of each layer's weights, chosen by `method` (see `steps.best_step`).
+
+    Raises `KureError` naming the layer if its weights cannot be quantized.
+    """
+    chosen = {}
+    for name, layer in layers.items():
+        try:
+            chosen[name] = best_step(layer.weight, bits, grid, method, per_channel, block)
+        except KureError as error:
+            raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
+    return chosen
+
+
 @contextmanager
 def quantized(
     model: nn.Module,
@@ -169,14 +188,11 @@ def quantized(
                 given = calibration.activation_steps(observed, activation_bits, method) | given
             site_steps = {site: final(given[site], activation_ratio) for site in sites}
         if weight_bits is not None:
+            missing = {name: layer for name, layer in chosen.items() if name not in given}
+            given |= weight_steps(missing, weight_bits, grid, method, per_channel, block)
             stack.enter_context(restored(chosen))
             for name, layer in chosen.items():
-                try:
-                    step = given[name] if name in given else best_step(
-                        layer.weight, weight_bits, grid, method, per_channel, block)  # fmt: skip
-                except KureError as error:
-                    raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
-                step = final(step, step_ratio).to(layer.weight.device)
+                step = final(given[name], step_ratio).to(layer.weight.device)
                 fake_quantize = FakeQuantize(step, weight_bits, grid, bias_correction)
                 parametrize.register_parametrization(layer, "weight", fake_quantize)
         if activation_bits is not None:

@@ -8,7 +8,8 @@ lie beside it. In check mode nothing is computed: what is missing is an error.
 import hashlib
 import platform
 import subprocess
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -18,13 +19,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from kure_lib import activations, calibration, data, evaluation, lapq, ptq, qat, training
+from kure_lib import activations, calibration, data, evaluation, lapq, master, ptq, qat, training
 from kure_lib.configs import KureConfig, RunConfig
 from kure_lib.evaluation import Evaluation
 from kure_lib.kurtosis import kurtosis
 from kure_lib.paths import ROOT, KureError, checking, write_atomically
 from kure_lib.ptq import QuantizationSpec
-from kure_lib.quantizers import grid_named
+from kure_lib.quantizers import SIGNED_INT, grid_named
 from kure_lib.records import (
     LayerSummary,
     Record,
@@ -50,21 +51,38 @@ def _view(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.M
     """The network of a record, quantized as a specification says."""
     if spec.method in ptq.TRAINED_METHODS:
         return _trained_view(record, spec)
-    options = spec.model_dump(exclude={"grid", "fold_batch_norm", "calibration"}) | {"grid": grid_named(spec.grid)}
+    if spec.master:
+        return _master_view(record, spec)
+    options = spec.model_dump(exclude={"fold_batch_norm", "calibration", "master"}) | {"grid": grid_named(spec.grid)}
     if spec.calibration:
         options["images"], _ = calibration.images(record.config.data, spec.calibration)
     if spec.method == "lapq":
         options["method"] = "mse"
         options["steps"] = _lapq(record, spec.weight_bits, spec.activation_bits, spec.grid, spec.calibration)
-    elif spec.activation_bits:
-        options["steps"] = _activation_steps(
+        return ptq.quantized(record.network(spec.fold_batch_norm), **options)
+    options["steps"] = {}
+    if spec.weight_bits:
+        options["steps"] |= _weight_steps(
+            record, spec.weight_bits, spec.method, spec.grid, spec.per_channel, spec.block, spec.fold_batch_norm)
+    if spec.activation_bits:
+        options["steps"] |= _activation_steps(
             record, spec.activation_bits, spec.method, spec.calibration, spec.fold_batch_norm)  # fmt: skip
     return ptq.quantized(record.network(spec.fold_batch_norm), **options)
 
 
+# Steps before any ratio, so that a sweep of ratios chooses them once.
+
+
+@lru_cache(maxsize=32)
+def _weight_steps(
+    record: Record, bits: int, method: str, grid: str, per_channel: bool, block: int | None, folded: bool
+) -> dict[str, Tensor]:
+    layers = ptq.quantized_layers(record.network(folded))
+    return ptq.weight_steps(layers, bits, grid_named(grid), method, per_channel, block)
+
+
 @lru_cache(maxsize=32)
 def _activation_steps(record: Record, bits: int, method: str, size: int, folded: bool) -> dict[str, Tensor]:
-    """Before any ratio, so that a sweep of ratios calibrates once."""
     images, _ = calibration.images(record.config.data, size)
     return calibration.activation_steps(calibration.observe(record.network(folded), images), bits, method)
 
@@ -84,6 +102,35 @@ def _trained_view(record: Record, spec: QuantizationSpec) -> AbstractContextMana
     sites = activations.quantized_sites(model, image)
     del asked["method"]
     return qat.quantized(model, trained, qat.Steps.of(record.steps), sites, **asked)
+
+
+@contextmanager
+def _master_view(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module]:
+    """The network with weights made from an 8-bit copy, and with new batch-norm statistics if asked."""
+    asked = {"weight_bits": spec.weight_bits, "grid": SIGNED_INT.name, "master": spec.master,
+             "per_channel": spec.per_channel, "reestimate_batch_norm": spec.reestimate_batch_norm,
+             "calibration": spec.calibration}  # fmt: skip
+    if spec.weight_bits is None or spec != QuantizationSpec(**asked):
+        raise KureError("Weights made from an 8-bit copy are evaluated at weight_bits up to 8 on the signed_int grid, "
+                        "per_channel or not, with reestimate_batch_norm or not: leave other options out.")  # fmt: skip
+    network = record.network()
+    stored = _from_master(record, spec.weight_bits, spec.master, spec.per_channel)
+    with ExitStack() as stack:
+        stack.enter_context(master.served(network, stored))
+        if spec.reestimate_batch_norm:
+            images, _ = calibration.images(record.config.data, spec.calibration)
+            stack.enter_context(calibration.reestimated_batch_norm(network, images.split(ptq.BATCH)))
+        yield network
+
+
+@lru_cache(maxsize=8)
+def _master(record: Record, per_channel: bool) -> dict[str, master.Integers]:
+    return master.of(record.network(), per_channel)
+
+
+@lru_cache(maxsize=8)
+def _from_master(record: Record, bits: int, method: str, per_channel: bool) -> dict[str, master.Integers]:
+    return {name: each.to(bits, method) for name, each in _master(record, per_channel).items()}
 
 
 @lru_cache(maxsize=8)

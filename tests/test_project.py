@@ -22,7 +22,8 @@ from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 FLOORS = (
     {"theory", "distributions", "paper", "paths"},
     {"kurtosis", "activations", "regularizers", "uniformizing", "formats", "quantizers", "steps"},
-    {"data", "models", "calibration", "evaluation", "ptq", "lapq", "qat", "rivals", "configs", "training"},
+    {"data", "models", "calibration", "evaluation", "ptq", "lapq", "qat", "rivals", "configs", "training",
+     "master", "export"},
     {"records", "runs", "verdicts", "show"},
     {"__main__", "study", "plans", "profiles", "notebooks", "report"},
 )

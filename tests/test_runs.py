@@ -11,7 +11,7 @@ import torch
 from scipy.stats import kurtosis as scipy_kurtosis
 
 from conftest import same_weights
-from kure_lib import data, evaluation, ptq, records, runs, training
+from kure_lib import data, evaluation, master, ptq, records, runs, training
 from kure_lib.paths import ROOT, KureError
 from kure_lib.runs import QuantizationSpec, Record, RunConfig
 
@@ -211,6 +211,37 @@ def test_a_wrong_specification_is_an_error_and_writes_nothing(files, config, wro
     with pytest.raises(KureError, match=next(iter(wrong.values()))):
         runs.evaluate(runs.find(config), QuantizationSpec(weight_bits=4, **wrong))
     assert everything(results_folder) == before
+
+
+@pytest.mark.parametrize("method", master.METHODS)
+def test_weights_made_from_an_8_bit_copy_are_evaluated(files, config, method):
+    record = runs.find(config)
+    network, split = record.network(), data.load("fashion_mnist", "test").head(256)
+    stored = {name: each.to(4, method) for name, each in master.of(network).items()}
+    with master.served(network, stored):
+        expected = evaluation.evaluate(network, split)
+    spec = QuantizationSpec(weight_bits=4, grid="signed_int", master=method)
+    assert runs.evaluate(record, spec) == expected
+    assert runs.evaluate(record) == evaluation.evaluate(network, split)  # and the network is what it was
+
+
+def test_an_8_bit_copy_with_new_batch_norms_is_another_network(files, config):
+    record = runs.find(config)
+    spec = {"weight_bits": 3, "grid": "signed_int", "master": "even", "per_channel": True}
+    renewed = runs.evaluate(record, QuantizationSpec(**spec, reestimate_batch_norm=True, calibration=64))
+    assert renewed.loss != runs.evaluate(record, QuantizationSpec(**spec)).loss
+    split = data.load("fashion_mnist", "test").head(256)
+    assert evaluation.evaluate(record.network(), split) == runs.evaluate(record)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"grid": "mid_rise"}, {"weight_bits": None}, {"step_ratio": 1.1}, {"activation_bits": 8}, {"method": "max_abs"}],
+)
+def test_an_8_bit_copy_refuses_other_options(files, config, wrong):
+    spec = QuantizationSpec(**({"weight_bits": 4, "grid": "signed_int", "master": "even"} | wrong))
+    with pytest.raises(KureError, match="made from an 8-bit copy"):
+        runs.evaluate(runs.find(config), spec)
 
 
 # Check mode

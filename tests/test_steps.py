@@ -200,6 +200,17 @@ def test_steps_per_channel_are_those_of_the_rows(method):
         assert torch.equal(best_step(row, 3, method=method), step.squeeze())
 
 
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tensor_with_fewer_values_than_levels_is_like_many_copies_of_it(grid, bits):
+    few = torch.randn(9, generator=torch.Generator().manual_seed(bits))
+    many = few.repeat(100)
+    steps = np.geomspace(1e-3, 1, 50)
+    assert torch.allclose(mse_curve(few, steps, bits, grid), mse_curve(many, steps, bits, grid), rtol=1e-6, atol=1e-12)
+    errors = [mse_curve(few, best_step(x, bits, grid).item(), bits, grid).item() for x in (few, many)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
 def test_a_distribution_answers_for_its_tensor():
     x = torch.randn(20, 30)
     distribution = EmpiricalDistribution(x)
