@@ -92,13 +92,13 @@ CONTENDERS = (
     Contender("l2", weight_decay=1.25e-2),
     Contender("gradient_l1", "gradient_l1", 1e-5, strengths=(1e-5, 1e-4, 1e-3), weight_decays=()),
     Contender("gradient_l1_strong", "gradient_l1", 1e-3, weight_decays=(), seeds=1),
-    Contender("range", "range", 1.0, strengths=(0.01, 0.1, 1.0, 10.0)),
+    Contender("range", "range", 1.0, strengths=(0.01, 0.1, 1.0, 10.0), seeds=1),
     Contender("outliers", "outliers", 1e3, strengths=(1.0, 10.0, 100.0, 1e3, 1e4)),
     Contender("entropy", "entropy", 1.0, 1.25e-2, strengths=(0.1, 1.0, 10.0)),
     Contender("variation", "variation", 1e3, strengths=(1.0, 10.0, 100.0, 1e3)),
-    Contender("noise", "noise", 0.1, 2.5e-3, strengths=(0.05, 0.1, 0.2)),
+    Contender("noise", "noise", 0.1, 2.5e-3, strengths=(0.05, 0.1, 0.2), seeds=1),
     Contender("sam", "sam", 0.02, strengths=(0.02, 0.05, 0.2)),
-    Contender("ema", "ema", 0.998, strengths=(0.95, 0.99, 0.998)),
+    Contender("ema", "ema", 0.998, strengths=(0.95, 0.99, 0.998), seeds=1),
     Contender("kure", kure=True, seeds=0),  # tuned, it is the main arm
     Contender("kure_outliers", "outliers", 1e3, weight_decays=(), kure=True),  # with the best of the others
 )
@@ -127,8 +127,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
               contenders=CONTENDERS, rival_seeds=3, held_out=10_000, schedules=SCHEDULES, schedule_seeds=2,
               quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
-        _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"], rival_seeds=1,
-              contenders=tuple(c for c in CONTENDERS if c.arm in ("l2", "outliers", "sam", "kure_outliers")),
+        _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
               quantizers=(("dorefa 4/8", 1), ("lsq 4/8", 1))),
     ),
     "imagenet": (
