@@ -12,7 +12,8 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
 from kure_lib import activations, calibration
 from kure_lib.paths import KureError
-from kure_lib.quantizers import MID_RISE, UNSIGNED, quantize
+from kure_lib.quantizers import MID_RISE, UNSIGNED, check_bits, quantize
+from kure_lib.regularizers import latent_weight
 from kure_lib.steps import Format, best_step
 from kure_lib.steps import power_of_two as nearest_power_of_two
 
@@ -125,14 +126,14 @@ def weight_steps(
     layers: Mapping[str, nn.Module], bits: int, grid: Format = MID_RISE, method: str = "mse",
     per_channel: bool = False, block: int | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The step of each layer's weights, chosen by `method` (see `steps.best_step`).
+    """The step of each layer's weights, as they are in full precision, chosen by `method` (see `steps.best_step`).
 
     Raises `KureError` naming the layer if its weights cannot be quantized.
     """
     chosen = {}
     for name, layer in layers.items():
         try:
-            chosen[name] = best_step(layer.weight, bits, grid, method, per_channel, block)
+            chosen[name] = best_step(latent_weight(layer), bits, grid, method, per_channel, block)
         except KureError as error:
             raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
     return chosen
@@ -172,6 +173,8 @@ def quantized(
     for ratio in (step_ratio, activation_ratio):
         if not ratio > 0:
             raise KureError(f"The step ratio must be above zero, not {ratio}.")
+    for bits in {weight_bits, activation_bits} - {None}:
+        check_bits(bits)
     if (activation_bits or reestimate_batch_norm) and (images is None or not len(images)):
         raise KureError("Activations and batch norms are calibrated on images: give at least one.")
     given = dict(steps or {})
@@ -196,7 +199,9 @@ def quantized(
                 fake_quantize = FakeQuantize(step, weight_bits, grid, bias_correction)
                 parametrize.register_parametrization(layer, "weight", fake_quantize)
         if activation_bits is not None:
-            stack.enter_context(activations.replaced(model, _quantizer(site_steps, activation_bits)))
+            first, *_, last = activations.sites(model, images[:1])
+            quantizer = _quantizer(site_steps, activation_bits, {first, last})
+            stack.enter_context(activations.replaced(model, quantizer))
         if reestimate_batch_norm:
             stack.enter_context(calibration.reestimated_batch_norm(model, images.split(BATCH)))
         yield model
@@ -212,10 +217,13 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
     return {name: chosen[name] for name in layers}
 
 
-def _quantizer(site_steps: Mapping[str, Tensor], bits: int):
+def _quantizer(site_steps: Mapping[str, Tensor], bits: int, ends: set[str]):
     def replace(site: str, output: Tensor) -> Tensor:
-        if site not in site_steps:
+        if site in ends:
             return output
+        if site not in site_steps:
+            raise KureError(f"The activations at '{site}' were never calibrated: the calibration images do not reach "
+                            "them; give images that do.")  # fmt: skip
         step = site_steps[site].to(output.device, torch.float32)
         return quantize(output.float(), step, bits, UNSIGNED).to(output.dtype)
 

@@ -109,8 +109,10 @@ def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Grid | Codebook =
         grid.levels(bits)  # an error if the format has other bits
         return nearest(x / step, grid) * step
     if not (torch.is_grad_enabled() and (x.requires_grad or step.requires_grad)):  # the same numbers in fewer passes
-        codes = x.mul(step.reciprocal()).sub_(grid.offset).round_().clamp_(grid.lowest(bits), grid.highest(bits))
-        return codes.add_(grid.offset).mul_(step)
+        codes = x.mul(step.reciprocal())
+        codes = codes.sub_(grid.offset) if grid.offset else codes
+        codes = codes.round_().clamp_(grid.lowest(bits), grid.highest(bits))
+        return (codes.add_(grid.offset) if grid.offset else codes).mul_(step)
     codes = round_straight_through(x * step.reciprocal() - grid.offset)
     clipped = codes.detach().clamp(grid.lowest(bits), grid.highest(bits))
     # not `codes.clamp`: its gradient ends before the outermost codes, not after them

@@ -57,8 +57,11 @@ def _view(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.M
     if spec.calibration:
         options["images"], _ = calibration.images(record.config.data, spec.calibration)
     if spec.method == "lapq":
+        if spec.per_channel or spec.block:
+            raise KureError("LAPQ chooses one step a tensor: leave per_channel and block out, or take another method.")
         options["method"] = "mse"
-        options["steps"] = _lapq(record, spec.weight_bits, spec.activation_bits, spec.grid, spec.calibration)
+        options["steps"] = _lapq(
+            record, spec.weight_bits, spec.activation_bits, spec.grid, spec.calibration, spec.fold_batch_norm)
         return ptq.quantized(record.network(spec.fold_batch_norm), **options)
     options["steps"] = {}
     if spec.weight_bits:
@@ -134,10 +137,10 @@ def _from_master(record: Record, bits: int, method: str, per_channel: bool) -> d
 
 
 @lru_cache(maxsize=8)
-def _lapq(record: Record, weight_bits: int | None, activation_bits: int | None, grid: str, size: int):
+def _lapq(record: Record, weight_bits: int | None, activation_bits: int | None, grid: str, size: int, folded: bool):
     images, labels = calibration.images(record.config.data, size)
     return lapq.loss_aware_steps(
-        record.network(), images, labels, weight_bits, activation_bits, grid_named(grid))  # fmt: skip
+        record.network(folded), images, labels, weight_bits, activation_bits, grid_named(grid))  # fmt: skip
 
 
 def get(config: RunConfig, on_epoch=lambda epoch, values: None) -> Record:

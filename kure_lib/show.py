@@ -27,6 +27,7 @@ LINE = {
     "control": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
     "kure": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "scratch": {"color": "#56B4E9", "linestyle": ":", "marker": "D"},
+    "activations": {"color": "#009E73", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "v"},
     # distributions: dense curves, so no markers
     "uniform": {"color": "#0072B2", "linestyle": "-"},
     "normal": {"color": "#E69F00", "linestyle": "--"},
@@ -60,6 +61,7 @@ NAME = {
     "l2": "stronger L2", "gradient_l1": "gradient ℓ1", "gradient_l1_strong": "gradient ℓ1, stronger", "range": "range",
     "outliers": "outliers", "entropy": "entropy", "variation": "variation of |w|",
     "noise": "weight noise", "sam": "SAM", "ema": "EMA", "kure_outliers": "KURE + outliers",
+    "activations": "KURE of activations",
     "resnet20": "ResNet-20", "mobilenet_v2_050": "MobileNet-V2 0.5",
     "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNet-V2",
     "int8": "INT8", "int4": "INT4", "int3": "INT3", "fp8_e4m3": "FP8 E4M3", "fp8_e5m2": "FP8 E5M2",

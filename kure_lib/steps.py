@@ -21,7 +21,7 @@ COARSE, FINE = 512, 12  # points of the first scan and of each finer one
 Format = Grid | Codebook
 DENSER = 4  # times as many points in the first scan for codebooks: a float has a valley for every level of an octave
 VALLEYS, ROUNDS = 12, 1  # valleys that are followed, and finer scans after the first
-SCAN, SAMPLE = 48, 2**16  # steps tried, and values looked at, for norms other than the second
+SCAN, SAMPLE, SCAN_SAMPLE = 48, 2**16, 2**13  # norms other than the second: steps tried, values looked at, while so
 
 
 class EmpiricalDistribution:
@@ -128,6 +128,8 @@ def _brackets(steps: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def percentile_step(x: EmpiricalDistribution, bits: int, grid: Format, percent: float = 99.9) -> float:
     """The step whose outermost level is a percentile of the magnitudes, 99.9 unless named."""
+    if not 0 < percent <= 100:
+        raise KureError(f"A percentile lies above 0 and at most at 100; {percent:g} does not.")
     magnitudes = np.abs(x.values)
     return float(np.percentile(magnitudes[magnitudes > 0], percent)) / grid.outermost(bits)
 
@@ -137,17 +139,20 @@ def lp_step(x: EmpiricalDistribution, bits: int, grid: Format, p: float = 2.0) -
 
     A large p minds the clipped values more, a small one the many in the middle.
     """
+    if not 0 < p < np.inf:
+        raise KureError(f"The norm p must be above zero and finite, not {p:g}.")
     values = x.values[:: -(-x.values.size // SAMPLE)].astype(np.float64)
     level = levels(bits, grid).numpy()
     middle = (level[1:] + level[:-1]) / 2
 
-    def error(step: float) -> float:
+    def error(step: float, values: np.ndarray = values) -> float:
         nearest = level[np.searchsorted(middle, values / step)]
         return float((np.abs(values - step * nearest) ** p).mean())
 
     widest = 2 * max_abs_step(x, bits, grid)
     steps = np.geomspace(widest * min(0.1, x.mean_abs / (4 * x.max_abs)), widest, SCAN)
-    best = int(np.argmin([error(step) for step in steps]))
+    fewer = values[:: -(-values.size // SCAN_SAMPLE)]
+    best = int(np.argmin([error(step, fewer) for step in steps]))
     bounds = steps[max(best - 1, 0)], steps[min(best + 1, SCAN - 1)]
     return float(minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 1e-4 * bounds[0]}).x)
 

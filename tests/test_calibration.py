@@ -1,12 +1,14 @@
 """Activations and batch norms learned from images, folding, and steps that are chosen by the loss."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from conftest import same_weights
-from kure_lib import activations, calibration, lapq, models, ptq
+from kure_lib import activations, calibration, evaluation, lapq, models, ptq
 from kure_lib.paths import KureError
 from kure_lib.quantizers import quantize
 from kure_lib.steps import best_step
@@ -53,8 +55,29 @@ def test_activations_are_seen_where_they_are_quantized(network, images):
     kept = {}
     with activations.replaced(network, lambda name, x: kept.setdefault(name, x.clone())), torch.inference_mode():
         network(images[0])
-    assert observed[site].values.size == kept[site].numel()
-    assert observed[site].max_abs == pytest.approx(kept[site].abs().max().item(), rel=0.02)
+    assert observed[site].values.size == min(kept[site].numel(), calibration.KEPT)
+    assert set(observed[site].values) <= set(kept[site].flatten().numpy())
+    assert observed[site].mean_abs == pytest.approx(kept[site].abs().mean().item(), rel=0.01)
+
+
+def test_of_many_activations_all_channels_and_positions_are_looked_at(monkeypatch):
+    class Counting(nn.Module):
+        """A site that puts out 0, 1, 2, …, and one before and after it."""
+
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            ends = self.relu(x)
+            self.relu(torch.arange(8 * 6 * 49.0).reshape(8, 6, 7, 7))
+            return self.relu(ends)
+
+    monkeypatch.setattr(calibration, "KEPT", 8 * 6 * 7)  # a seventh, of maps of seven columns
+    (seen,) = calibration.observe(Counting(), torch.zeros(1, 1, 2, 2)).values()  # all but the first and the last
+    assert seen.values.size == 8 * 6 * 7 and len(set(seen.values)) == 8 * 6 * 7
+    assert {int(value) // 49 % 6 for value in seen.values} == set(range(6))
+    assert {int(value) % 7 for value in seen.values} == {int(value) // 7 % 7 for value in seen.values} == set(range(7))
 
 
 def test_inside_activations_lie_on_the_unsigned_grid_and_the_ends_do_not(network, images):
@@ -75,6 +98,27 @@ def test_a_wrong_activation_step_is_the_ratio_times_the_best(network, images):
         by_ratio = network(images[0])
     with ptq.quantized(network, 4, activation_bits=4, images=images[0], steps=wider), torch.no_grad():
         assert torch.equal(by_ratio, network(images[0]))
+
+
+def test_activations_that_calibration_did_not_reach_are_an_error_that_names_them():
+    class Gate(nn.Module):
+        """Uses its ReLU once more for bright images than for dark ones."""
+
+        def __init__(self):
+            super().__init__()
+            self.relu, self.conv = nn.ReLU(), nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            for _ in range(4 if x.mean() > 0 else 3):
+                x = self.relu(self.conv(x) + 1)
+            return x
+
+    model = Gate().eval()
+    dark = -torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    quantized = ptq.quantized(model, None, activation_bits=4, images=dark)
+    with quantized, pytest.raises(KureError, match="'relu:3' were never calibrated"):
+        model(-dark)
+    assert not model.relu._forward_hooks
 
 
 def test_a_dead_activation_is_an_error_that_names_it(network, images):
@@ -179,12 +223,70 @@ def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(images
 
     def loss(steps=None, method="mse"):
         options = {"method": method, "activation_bits": 3, "images": batch, "steps": steps}
-        with ptq.quantized(network, 3, **options), torch.no_grad():
-            return nn.functional.cross_entropy(network(batch), labels).item()
+        with ptq.quantized(network, 3, **options), torch.no_grad(), evaluation.autocast():
+            return nn.functional.cross_entropy(network(batch).float(), labels).item()
 
-    assert loss(found) <= min(loss(method=f"lp:{p}") for p in lapq.NORMS) + 1e-2
+    assert loss(found) <= min(loss(method=f"lp:{p}") for p in lapq.NORMS) + 1e-4
     again = lapq.loss_aware_steps(network, batch, labels, 3, 3, evaluations=60)
     assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize("bits", [(3, 3), (None, 3)])
+def test_remembering_blocks_spares_work_and_finds_the_same(network, images, monkeypatch, bits):
+    forwards = []
+    blocks = dict(lapq._blocks(network))
+    assert len(blocks) in (9, 17)  # residual blocks of the two networks
+    deepest = list(blocks.values())[-1]
+    deepest.register_forward_hook(lambda *_: forwards.append("asked"))
+    inner = next(module for module in next(iter(blocks.values())).modules() if isinstance(module, nn.Conv2d))
+    inner.register_forward_hook(lambda *_: forwards.append("computed"))
+
+    found = lapq.loss_aware_steps(network, *images, *bits, evaluations=40)
+    spared = forwards.count("asked") - forwards.count("computed")
+    forwards.clear()
+    monkeypatch.setattr(lapq, "KEPT", 0)  # nothing is worth remembering
+    again = lapq.loss_aware_steps(network, *images, *bits, evaluations=40)
+    assert forwards.count("asked") == forwards.count("computed")
+    assert spared > 20
+    assert found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
+    assert all("forward" not in vars(block) for block in blocks.values())
+
+
+def test_a_search_that_fails_leaves_the_network_as_it_was(network, images):
+    before, labels = state(network), torch.full((64,), 99)  # no such class
+    with pytest.raises((IndexError, RuntimeError)):
+        lapq.loss_aware_steps(network, images[0], labels, 4, 4, evaluations=5)
+    assert same_weights(before, state(network))
+    assert not any("forward" in vars(module) or module._forward_hooks for module in network.modules())
+
+
+def test_the_search_keeps_to_its_budget_and_says_how_far_it_is(network, images, monkeypatch):
+    bars = []
+
+    class Bar(lapq.tqdm):
+        def __init__(self, **options):
+            bars.append(self)
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+
+    monkeypatch.setattr(lapq, "tqdm", Bar)
+    lapq.loss_aware_steps(network, *images, 4, None, evaluations=30)
+    (bar,) = bars
+    assert bar.desc == "LAPQ" and bar.unit == "loss"
+    assert len(lapq.NORMS) < bar.n <= bar.total + 1 == len(lapq.NORMS) + 32
+
+
+def test_a_search_without_images_or_bits_is_an_error(network, images):
+    with pytest.raises(KureError, match="calibration set is empty"):
+        lapq.loss_aware_steps(network, images[0][:0], images[1][:0], 4, 4)
+    with pytest.raises(KureError, match="something to quantize"):
+        lapq.loss_aware_steps(network, *images, None, None)
+
+
+def test_weights_that_cannot_be_quantized_name_their_layer(network, images):
+    name, layer = list(ptq.quantized_layers(network).items())[2]
+    nn.init.constant_(layer.weight, float("nan"))
+    with pytest.raises(KureError, match=f"Layer '{name}' cannot be quantized.*NaN"):
+        lapq.loss_aware_steps(network, *images, 4, None)
 
 
 def test_a_specification_names_its_calibration_images():

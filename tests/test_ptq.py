@@ -129,7 +129,8 @@ def test_weights_that_cannot_be_quantized_name_the_layer_and_leave_the_others(ti
     [
         ({"layers": ["9"]}, "'9' is not a layer.*2, 4, 5"), ({"layers": ["0"]}, "'0' is not a layer"),
         ({"step_ratio": 0}, "above zero, not 0"), ({"step_ratio": float("nan")}, "above zero, not nan"),
-        ({"weight_bits": 0}, "0 bits"), ({"method": "lapq"}, "'lapq'"),
+        ({"weight_bits": 0}, "0 bits"), ({"weight_bits": 17}, "17 bits"), ({"activation_bits": 0}, "0 bits"),
+        ({"activation_bits": 17}, "17 bits"), ({"method": "lapq"}, "'lapq'"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_errors_that_change_nothing(tiny_model, options, said):
@@ -137,6 +138,16 @@ def test_wrong_options_are_errors_that_change_nothing(tiny_model, options, said)
     with pytest.raises(KureError, match=said), quantized(tiny_model, **{"weight_bits": 4, **options}):
         pass
     assert snapshot.is_of(tiny_model)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_step_that_is_to_be_a_power_of_two_is_one(tiny_model, power_of_two, per_channel):
+    with quantized(tiny_model, 3, step_ratio=1.1, per_channel=per_channel, power_of_two=power_of_two):
+        (used,) = tiny_model[4].parametrizations.weight
+        exponents = torch.log2(used.step)
+        assert used.step.shape == ((8, 1, 1, 1) if per_channel else ())
+    assert torch.equal(exponents, exponents.round()) == power_of_two
 
 
 def test_blocks_with_other_layers_may_be_nested(tiny_model):

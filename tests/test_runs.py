@@ -244,6 +244,25 @@ def test_an_8_bit_copy_refuses_other_options(files, config, wrong):
         runs.evaluate(runs.find(config), spec)
 
 
+def test_weight_steps_are_chosen_once_for_every_ratio(files, config, monkeypatch):
+    record, asked, ratios = runs.find(config), [], (0.8, 1.3)
+    choose = ptq.weight_steps
+    counted = lambda layers, *args: asked.append(len(layers)) or choose(layers, *args)  # noqa: E731
+    monkeypatch.setattr(ptq, "weight_steps", counted)
+    runs._weight_steps.cache_clear()
+    results = [runs.evaluate(record, QuantizationSpec(weight_bits=3, step_ratio=ratio)) for ratio in ratios]
+    assert [count for count in asked if count] == [len(ptq.quantized_layers(record.network()))]
+    split = data.load("fashion_mnist", "test").head(config.train_size)
+    for ratio, result in zip(ratios, results, strict=True):
+        with ptq.quantized(record.network(), 3, step_ratio=ratio) as model:
+            assert evaluation.evaluate(model, split) == result
+
+
+def test_lapq_is_per_tensor(files, config):
+    with pytest.raises(KureError, match="one step a tensor: leave per_channel and block out"):
+        runs.evaluate(runs.find(config), QuantizationSpec(weight_bits=4, method="lapq", per_channel=True))
+
+
 # Check mode
 
 

@@ -20,7 +20,7 @@ from kure_lib import evaluation, paths, show
 from kure_lib.paths import KureError
 
 GROUPS = [
-    ("pretrained", "control", "kure", "scratch", "paper"),
+    ("pretrained", "control", "kure", "scratch", "activations", "paper"),
     ("uniform", "normal", "laplace", "paper"),
     ("mid_rise", "mid_tread", "signed_int"),
 ]

@@ -295,7 +295,9 @@ def test_a_percentile_clips_the_share_it_names():
 
 @pytest.mark.parametrize(
     ("method", "said"),
-    [("lp:two", "lp:two"), ("mse:3", "mse and max_abs stand alone"), ("aciq:gamma", "family 'gamma'"), ("kl", "'kl'")],
+    [("percentile:0", "above 0"), ("percentile:150", "150 does not"), ("percentile:nan", "nan does not"),
+     ("lp:0", "norm p .*not 0"), ("lp:-1", "not -1"), ("lp:inf", "not inf"),
+     ("lp:two", "lp:two"), ("mse:3", "mse and max_abs stand alone"), ("aciq:gamma", "family 'gamma'"), ("kl", "'kl'")],
 )
 def test_a_method_that_cannot_be_read_is_an_error(method, said):
     with pytest.raises(KureError, match=said):
@@ -327,7 +329,7 @@ def test_powers_of_two_per_channel_stay_what_they_are():
         (torch.tensor([-math.inf, 1.0]), "infinite"),
     ],
 )
-@pytest.mark.parametrize("method", ["mse", "max_abs"])
+@pytest.mark.parametrize("method", ["mse", "max_abs", "percentile", "lp", "aciq"])
 def test_a_tensor_without_a_step_is_an_error(x, said, method):
     with pytest.raises(KureError, match=said):
         best_step(x, 4, method=method)
