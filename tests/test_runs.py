@@ -336,7 +336,7 @@ def test_every_record_of_the_study_is_whole(study_results):
 @pytest.mark.skipif(not RECORDS, reason="there are no study records yet")
 def test_a_network_of_the_study_has_the_accuracy_on_record(study_results):
     """Of 10,000 images a few lie so near a border that bfloat16 and float32, or other kernels, decide them apart."""
-    path = next(path for path in RECORDS if path.name.startswith("resnet20"))
+    path = next(path for path in RECORDS if path.name.startswith("resnet20-kure-1.8-1-seed"))
     record = runs.find(Record.model_validate_json(path.read_bytes()).config)
     with training.single_thread():
         result = evaluation.evaluate(record.network(), data.load("fashion_mnist", "test"))
