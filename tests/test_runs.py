@@ -13,6 +13,7 @@ from scipy.stats import kurtosis as scipy_kurtosis
 from conftest import same_weights
 from kure_lib import data, evaluation, master, ptq, records, runs, training
 from kure_lib.paths import ROOT, KureError
+from kure_lib.plans import plan
 from kure_lib.runs import QuantizationSpec, Record, RunConfig
 
 pytestmark = pytest.mark.usefixtures("results_folder")
@@ -320,14 +321,15 @@ def study_results(monkeypatch):
 
 
 @pytest.mark.skipif(not RECORDS, reason="there are no study records yet")
-def test_every_record_of_the_study_is_whole(study_results):
+def test_every_record_of_the_study_is_whole_and_planned(study_results):
+    planned = {run.config.key: run.part for run in plan("study").runs}
+    assert {path.stem.rpartition("-")[2] for path in RECORDS} == set(planned)
     for path in RECORDS:
         record = Record.model_validate_json(path.read_bytes())
         assert path.stem == f"{record.config.label}-{record.config.key}"
         assert runs.find(record.config) == record
         assert record.key == record.config.key
-        kure, qat = record.config.regularizer, record.config.quantization
-        if qat is None and (kure is None or kure.coefficient == 1):  # of the λ sweep and of QAT they are not kept
+        if planned[record.key] in ("main", "target", "scratch", "activations"):  # of the others they are not kept
             assert len(record.weights) > 0  # read, and their SHA-256 compared
         assert all(len(values) == record.config.epochs for values in record.curves.values())
         assert record.config.start is None or runs.find(record.config.start)
