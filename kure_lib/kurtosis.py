@@ -10,6 +10,7 @@ moved to the common mean afterwards, so a mean far from zero costs no digits.
 """
 
 import math
+from collections.abc import Sequence
 
 import numba
 import numpy as np
@@ -37,13 +38,7 @@ def kurtosis(x: Tensor, unbiased: bool = False, per_channel: bool = False) -> Te
     n = x.numel() // max(channels, 1)
     if n < 2:
         raise KureError(f"Kurtosis needs at least two values; the tensor has shape {tuple(x.shape)}.")
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        value = _Kurtosis.apply(x if _is_dense(x) else x.contiguous(), channels)
-    else:
-        rows = x.float().reshape(channels, n)
-        mean = rows.mean(1, keepdim=True)
-        m2, m4 = ((rows - mean) ** 2).mean(1), ((rows - mean) ** 4).mean(1)
-        value = torch.where(_varies(mean[:, 0], m2, rows.dtype), m4 / m2**2, math.nan)
+    value = _values([x], channels)
     if not torch.isfinite(value).all():
         raise KureError("Kurtosis is not defined for zero variance (or one too small or large for "
                         f"{str(x.dtype).removeprefix('torch.')}) or for infinite or NaN values.")  # fmt: skip
@@ -51,32 +46,56 @@ def kurtosis(x: Tensor, unbiased: bool = False, per_channel: bool = False) -> Te
     return value * ((n - 1) / n) ** 2 if unbiased else value
 
 
+def kurtoses(tensors: Sequence[Tensor]) -> Tensor:
+    """The kurtosis of each of L tensors of one type, [L]; NaN, not an error, where it is not defined.
+
+    A net has many small tensors: one node of the graph for all of them costs less than the work itself.
+    """
+    return _values(tensors, channels=1)
+
+
+def _values(tensors: Sequence[Tensor], channels: int) -> Tensor:
+    """Kurtosis of each tensor, or of each of the equal parts of one; NaN where it is not defined."""
+    kinds = {(x.device.type, x.dtype) for x in tensors}
+    if kinds == {("cpu", torch.float32)} or kinds == {("cpu", torch.float64)}:
+        return _Kurtosis.apply(channels, *(x if _is_dense(x) else x.contiguous() for x in tensors))
+    return torch.cat([_by_formula(x.float().reshape(channels, -1)) for x in tensors])
+
+
+def _by_formula(rows: Tensor) -> Tensor:
+    mean = rows.mean(1, keepdim=True)
+    m2, m4 = ((rows - mean) ** 2).mean(1), ((rows - mean) ** 4).mean(1)
+    return torch.where(_varies(mean[:, 0], m2, rows.dtype), m4 / m2**2, math.nan)
+
+
 class _Kurtosis(torch.autograd.Function):
-    """[C] kurtoses of the C equal parts of a dense tensor."""
+    """The kurtosis of each of the C equal parts of each of L dense tensors, [L·C]."""
 
     @staticmethod
-    def forward(ctx, x, channels):
-        length = BLOCK if channels == 1 else x.numel() // channels
-        sums = _power_sums(_in_memory_order(x), length)
-        mean, m2, m3, m4 = _central_moments(sums.reshape(channels, -1, sums.shape[1]))
+    def forward(ctx, channels, *tensors):
+        moments = np.concatenate([_central_moments(_in_memory_order(x), channels) for x in tensors])
+        mean, m2, m3, m4 = moments.T
         with np.errstate(all="ignore"):  # a value that is not finite is reported by the caller
-            value = np.where(_varies(mean, m2, x.dtype), m4 / m2**2, math.nan)
-        ctx.save_for_backward(x)
+            value = np.where(_varies(mean, m2, tensors[0].dtype), m4 / m2**2, math.nan)
+        ctx.save_for_backward(*tensors)
         ctx.moments = mean, m2, m3, value
-        return torch.from_numpy(value).to(x.dtype)
+        return torch.from_numpy(value).to(tensors[0].dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value):
-        (x,) = ctx.saved_tensors
-        mean, m2, m3, value = ctx.moments
-        scale = 4 * len(mean) / x.numel() * grad_value.double().numpy() / m2**2
-        grad = torch.empty_like(x)
-        flat, out = _in_memory_order(x), _in_memory_order(grad)
-        center = mean.astype(flat.dtype)
-        coefficients = np.stack([center, mean - center, value * m2, m3, scale], axis=1)
-        _write_gradient(flat, coefficients.astype(flat.dtype), out)
-        return grad, None
+        tensors, (mean, m2, m3, value) = ctx.saved_tensors, ctx.moments
+        channels = len(mean) // len(tensors)
+        length = np.repeat([x.numel() / channels for x in tensors], channels)
+        scale = 4 / length * grad_value.double().numpy() / m2**2
+        gradients = [torch.empty_like(x) for x in tensors]
+        number = _in_memory_order(tensors[0]).dtype
+        center = mean.astype(number)
+        coefficients = np.stack([center, mean - center, value * m2, m3, scale], axis=1).astype(number)
+        for k, (x, gradient) in enumerate(zip(tensors, gradients, strict=True)):
+            rows = coefficients[k * channels : (k + 1) * channels]
+            _write_gradient(_in_memory_order(x), rows, _in_memory_order(gradient))
+        return None, *gradients
 
 
 def _varies(mean, m2, dtype: torch.dtype):
@@ -112,16 +131,27 @@ def _power_sums(x, length):
     return sums
 
 
-def _central_moments(sums):
-    """Mean, m₂, m₃, m₄ of each channel, [C] each, from the power sums of its blocks, [C, blocks, 6]."""
-    size, center, s1, s2, s3, s4 = np.moveaxis(sums, -1, 0)
-    n = size.sum(1)
-    mean = (size * center + s1).sum(1) / n
-    d = center - mean[:, None]
-    m2 = s2 + 2 * d * s1 + size * d**2
-    m3 = s3 + 3 * d * s2 + 3 * d**2 * s1 + size * d**3
-    m4 = s4 + 4 * d * s3 + 6 * d**2 * s2 + 4 * d**3 * s1 + size * d**4
-    return mean, *(m.sum(1) / n for m in (m2, m3, m4))
+@numba.njit(cache=True, error_model="numpy")
+def _central_moments(x, channels):
+    """Mean, m₂, m₃, m₄ of each of the equal parts of x: [channels, 4]."""
+    sums = _power_sums(x, BLOCK if channels == 1 else x.size // channels)
+    blocks = len(sums) // channels
+    moments = np.zeros((channels, 4))
+    for channel in range(channels):
+        of_channel, result = sums[channel * blocks : (channel + 1) * blocks], moments[channel]
+        n, total = 0.0, 0.0
+        for size, center, s1, _, _, _ in of_channel:
+            n += size
+            total += size * center + s1
+        mean = total / n
+        for size, center, s1, s2, s3, s4 in of_channel:
+            d = center - mean
+            result[1] += s2 + 2 * d * s1 + size * d**2
+            result[2] += s3 + 3 * d * s2 + 3 * d**2 * s1 + size * d**3
+            result[3] += s4 + 4 * d * s3 + 6 * d**2 * s2 + 4 * d**3 * s1 + size * d**4
+        result[1:] /= n
+        result[0] = mean
+    return moments
 
 
 @numba.njit(cache=True, fastmath={"contract", "nsz"})
@@ -136,16 +166,11 @@ def _write_gradient(x, coefficients, out):
             target[i] = scale * (d * (d * d - bend) - shift)
 
 
-def _slowest_first(x: Tensor) -> Tensor:
-    """The same tensor with its dimensions in the order of their strides: channels-last weights lie so."""
-    return x.permute(sorted(range(x.dim()), key=lambda i: (-x.stride(i), i)))
-
-
 def _is_dense(x: Tensor) -> bool:
     """Whether the values lie in memory without gaps, one part of the first dimension after the other."""
-    return _slowest_first(x).is_contiguous() and x.dim() > 0 and x.stride(0) == max(x.stride())
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _in_memory_order(x: Tensor) -> np.ndarray:
     """The values of a dense tensor as they lie in memory: a flat view, no copy."""
-    return _slowest_first(x.detach()).view(-1).numpy()
+    return x.detach().as_strided((x.numel(),), (1,)).numpy()

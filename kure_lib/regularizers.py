@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kure_lib import activations
-from kure_lib.kurtosis import kurtosis
+from kure_lib.kurtosis import kurtoses, kurtosis
 from kure_lib.paths import KureError
 
 REDUCTIONS = {"mean": torch.mean, "sum": torch.sum, "max": torch.max}
@@ -69,8 +69,18 @@ class KurtosisRegularizer:
         return {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
 
     def __call__(self) -> Tensor:
-        distances = [(self._kurtosis(name) - self.target).square().mean() for name in self._layers]
-        return self.coefficient * REDUCTIONS[self.reduction](torch.stack(distances))
+        distances = self._distances_per_channel() if self.per_channel else self._distances()
+        return self.coefficient * REDUCTIONS[self.reduction](distances)
+
+    def _distances(self) -> Tensor:
+        values = kurtoses([latent_weight(layer) for layer in self._layers.values()])
+        if not torch.isfinite(values).all():
+            for name in self._layers:
+                self._kurtosis(name)  # raises for the layer to blame
+        return (values - self.target).square()
+
+    def _distances_per_channel(self) -> Tensor:
+        return torch.stack([(self._kurtosis(name) - self.target).square().mean() for name in self._layers])
 
     def _kurtosis(self, name: str) -> Tensor:
         try:

@@ -1,9 +1,4 @@
-"""How the step Δ of a grid is chosen for a tensor, exactly and fast.
-
-The distortion of a tensor is a sum over the cells of the grid of Σx² − 2·level·Σx + level²·n. With the
-tensor sorted once and its prefix sums at hand, each of the three sums is a difference of two look-ups,
-so a step costs as many binary searches as the grid has cells, however large the tensor.
-"""
+"""How the step Δ of a grid is chosen for a tensor."""
 
 from collections.abc import Callable
 
@@ -13,58 +8,15 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from kure_lib import theory
+from kure_lib.empirical import EmpiricalDistribution, Format
 from kure_lib.formats import Codebook, block_scale
 from kure_lib.paths import KureError
-from kure_lib.quantizers import MID_RISE, Grid, check_bits, levels
+from kure_lib.quantizers import MID_RISE, check_bits, levels
 
 COARSE, FINE = 512, 12  # points of the first scan and of each finer one
-Format = Grid | Codebook
 DENSER = 4  # times as many points in the first scan for codebooks: a float has a valley for every level of an octave
 VALLEYS, ROUNDS = 12, 1  # valleys that are followed, and finer scans after the first
 SCAN, SAMPLE, SCAN_SAMPLE = 48, 2**16, 2**13  # norms other than the second: steps tried, values looked at, while so
-
-
-class EmpiricalDistribution:
-    """A tensor as a distribution: its values sorted, with prefix sums in float64 and Σx².
-
-    Raises `KureError` for an empty tensor and for infinite or NaN values.
-    """
-
-    def __init__(self, x: Tensor):
-        x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().double()
-        values = np.sort(x.reshape(-1).cpu().numpy())
-        if values.size == 0 or not np.isfinite(values[[0, -1]]).all():
-            raise KureError(f"Cannot choose a step for a tensor of shape {tuple(x.shape)}: "
-                            "it is empty or holds infinite or NaN values.")  # fmt: skip
-        self.values = values
-        self.sums = np.zeros(values.size + 1)
-        np.cumsum(values, dtype=np.float64, out=self.sums[1:])
-        self.square_sum = float(np.square(values, dtype=np.float64).sum())
-
-    @property
-    def mean_abs(self) -> float:
-        below_zero = np.searchsorted(self.values, 0)
-        return float((self.sums[-1] - 2 * self.sums[below_zero]) / self.values.size)
-
-    @property
-    def max_abs(self) -> float:
-        return float(max(-self.values[0], self.values[-1]))
-
-    def cells(self, steps: np.ndarray, bits: int, grid: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Levels in units of the step [K], and for each step and cell the count and the sum of x: [S, K] each."""
-        level = levels(bits, grid).numpy()
-        thresholds = steps[:, None] * (level[1:] + level[:-1]) / 2
-        edges = np.searchsorted(self.values, thresholds.astype(self.values.dtype))
-        edges = np.pad(edges, ((0, 0), (1, 1)), constant_values=((0, 0), (0, self.values.size)))
-        return level, np.diff(edges), np.diff(self.sums[edges])
-
-    def moments(self, steps: np.ndarray, bits: int, grid: Format) -> tuple[np.ndarray, np.ndarray]:
-        """Σ x·level and Σ level² over the tensor at each step, with levels in units of the step: [S] each."""
-        if self.values.size < len(level := levels(bits, grid).numpy()):  # cheaper value by value, say for a channel
-            nearest = level[np.searchsorted((level[1:] + level[:-1]) / 2, self.values / steps[:, None])]
-            return nearest @ self.values, np.square(nearest).sum(-1)
-        level, count, total = self.cells(steps, bits, grid)
-        return total @ level, count @ level**2
 
 
 def _as_distribution(x: Tensor | EmpiricalDistribution) -> EmpiricalDistribution:
@@ -77,11 +29,8 @@ def mse_curve(x: Tensor | EmpiricalDistribution, steps, bits: int, grid: Format 
     >>> mse_curve(torch.tensor([-0.9, 0.2, 0.5]), [1.0], bits=2).item()
     0.0833333...
     """
-    x = _as_distribution(x)
     steps = np.atleast_1d(np.asarray(steps, dtype=np.float64))
-    product, square = x.moments(steps, bits, grid)
-    error = x.square_sum - 2 * steps * product + steps**2 * square
-    return torch.from_numpy(np.maximum(error, 0) / x.values.size)
+    return torch.from_numpy(_as_distribution(x).mse(steps, bits, grid))
 
 
 def max_abs_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
@@ -101,16 +50,17 @@ def mse_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
     widest = 2 * max_abs_step(x, bits, grid)
     points = COARSE * (DENSER if isinstance(grid, Codebook) else 1)
     steps = np.geomspace(widest * min(0.1, x.mean_abs / (4 * x.max_abs)), widest, points)[None]
-    for _ in range(1 + ROUNDS):
-        error = mse_curve(x, steps.ravel(), bits, grid).numpy().reshape(steps.shape)
-        low, high = _brackets(steps, error)
+    for finer in range(1 + ROUNDS):
+        low, high = _brackets(steps, x.mse(steps, bits, grid, rough=not finer))
         steps = np.linspace(low, high, FINE, axis=-1)
-    error = mse_curve(x, steps.ravel(), bits, grid).numpy().reshape(steps.shape)
-    step = np.take_along_axis(steps, error.argmin(-1)[:, None], -1)[:, 0]
+    best = x.mse(steps, bits, grid).argmin(-1)
+    step = steps[np.arange(len(best)), best]
     for _ in range(FINE):
         product, square = x.moments(step, bits, grid)
-        step = product / np.maximum(square, np.finfo(float).tiny)
-    return float(step[mse_curve(x, step, bits, grid).numpy().argmin()])
+        before, step = step, product / np.maximum(square, np.finfo(float).tiny)
+        if (step == before).all():
+            break
+    return float(step[x.mse(step, bits, grid).argmin()])
 
 
 def _brackets(steps: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

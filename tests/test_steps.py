@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kure_lib import paper, theory
+from kure_lib.empirical import LARGE
 from kure_lib.formats import CODEBOOKS, FP4_E2M1, FP8_E4M3, FP8_E5M2, POWER_OF_TWO_4
 from kure_lib.paths import KureError
 from kure_lib.quantizers import GRIDS, MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, levels, quantize
@@ -155,6 +156,22 @@ def test_sparse_weights_with_an_outlier_have_their_best_step(grid, bits):
     scan = np.geomspace(1e-4, 2, 400) / grid.outermost(bits)
     found = mse_curve(x, best_step(x, bits, grid).double().item(), bits, grid).item()
     assert found <= mse_curve(x, scan, bits, grid).min().item() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("outlier", [None, 60.0], ids=["normal", "with_outlier"])
+def test_the_first_look_by_landmarks_leads_to_the_best_step(bits, outlier):
+    x = torch.randn(LARGE + 10_000, generator=torch.Generator().manual_seed(5))
+    x[0] = outlier or x[0]
+    x = EmpiricalDistribution(x)
+    scan = np.geomspace(0.02, 2, 300) * x.max_abs / MID_RISE.outermost(bits)
+    exact, rough = x.mse(scan, bits, MID_RISE), x.mse(scan, bits, MID_RISE, rough=True)
+    assert not np.array_equal(exact, rough)
+    np.testing.assert_array_less(exact, rough * (1 + 1e-9))
+    np.testing.assert_allclose(rough, exact, rtol=2e-3)
+    step = best_step(x, bits).double().item()
+    nearby = step * np.linspace(0.99, 1.01, 51)
+    assert mse_curve(x, step, bits).item() <= min(exact.min(), x.mse(nearby, bits, MID_RISE).min()) * (1 + 1e-7)
 
 
 @pytest.mark.parametrize("row", list(paper.MAX_1960.itertuples()), ids=lambda row: f"{row.bits}bits")

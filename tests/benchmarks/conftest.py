@@ -34,7 +34,7 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., Row]:
 
     def measure(
         name: str, rival: Callable[[], object], ours: Callable[[], object], rounds: int,
-        rival_amount: float = 1, ours_amount: float = 1,
+        rival_amount: float = 1, ours_amount: float = 1, flops: float | None = None,
     ) -> Row:  # fmt: skip
         rival_seconds: list[float] = []
         rounds = request.config.getoption("--rounds") or rounds
@@ -44,7 +44,7 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., Row]:
 
         benchmark.pedantic(ours, setup=rivals_turn, rounds=rounds, warmup_rounds=1)
         ours_seconds = tuple(benchmark.stats.stats.data)
-        row = Row(name, tuple(rival_seconds[1:]), ours_seconds, rival_amount, ours_amount)
+        row = Row(name, tuple(rival_seconds[1:]), ours_seconds, rival_amount, ours_amount, flops)
         request.config.stash[ROWS][name] = row
         return row
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import count
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kure_lib import data, models
 from kure_lib.configs import RunConfig
@@ -29,3 +30,13 @@ def training(name: str, steps: int, kure: bool = False) -> Callable[[], None]:
         train_epoch(model, split, regularizer, optimizer, schedule, config, next(epochs))
 
     return work
+
+
+def flops(name: str, backward: bool) -> int:
+    """Operations of the convolutions and products of a network for one Fashion-MNIST image."""
+    model = models.build(name, 1, 10).eval()
+    with FlopCounterMode(display=False) as counter:
+        scores = model(torch.zeros(1, 1, 28, 28))
+        if backward:
+            scores.sum().backward()
+    return counter.get_total_flops()

@@ -34,7 +34,7 @@ class Target:
 
 KURE = "KURE term of ResNet-18 (19 layers, 11.2 M weights), forward and backward, 1 thread"
 STEP = "ResNet-20 training step with KURE, batch 256, 1 thread"
-MSE = "MSE-optimal step of 2.4 M weights, 2, 3, 4, 5, 6 and 8 bits"
+MSE = "MSE-optimal step of 2.4 M weights, 2, 3, 4, 5, 6 and 8 bits, 1 thread"
 TWO_RUNS = "training {}, batch 256: two runs at once, 1 thread each, together"
 ONE_RUN = "training {}, batch 256: one run, all threads"
 VARIANTS = "accuracy of 24 quantized variants of a ResNet-20, 10,000 images, all threads"
@@ -45,7 +45,7 @@ TARGETS = {
     "kure": Target(KURE, "autograd of `(((w - w.mean()) / w.std()) ** 4).mean()`, 1 thread", "ms", faster=6),
     "kure_memory": Target(KURE, "1.5 copies of the weights: two reads, one write", "ms", within=3),
     "kure_step": Target(STEP, "the step without it", "ms", within=1.03),
-    "mse_step": Target(MSE, "200 steps tried by quantizing", "ms", faster=100),
+    "mse_step": Target(MSE, "200 steps tried by quantizing, 1 thread", "ms", faster=100),
     "resnet20": Target(TWO_RUNS.format("ResNet-20"), SCRIPT, "images/s", faster=RESNET),
     "resnet20_alone": Target(ONE_RUN.format("ResNet-20"), SCRIPT, "images/s", faster=RESNET),
     "mobilenet_v2_050": Target(TWO_RUNS.format("MobileNet-V2 0.5"), SCRIPT, "images/s", faster=3),
@@ -58,7 +58,8 @@ TARGETS = {
 class Row:
     """One comparison: seconds of each round of both sides, and how much was done in a round by each.
 
-    The amount is in images for `images/s`, and a multiple of the work named in the target otherwise.
+    The amount is in images for `images/s`, and a multiple of the work named in the target otherwise; `flops` are
+    the operations of a network's matrix products in one unit of it.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Row:
     ours_seconds: tuple[float, ...]
     rival_amount: float
     ours_amount: float
+    flops: float | None = None
 
     @property
     def target(self) -> Target:
@@ -107,6 +109,20 @@ class Row:
         }  # fmt: skip
 
 
+    def shares(self, limits: dict[str, float]) -> str:
+        """What of the machine's matrix-product rate the two sides use, and what the target asks for."""
+        (rival, ours), (wide, fast) = self.rates, _product_limits(limits)
+        used, uses = (rate * self.flops / 1e9 / limit for rate, limit in ((rival, wide), (ours, fast)))
+        wanted = uses * self.target.faster / self.ratio
+        return f"{self.target.path}: {used:.0%}, {uses:.0%}, {wanted:.0%}"
+
+
+def _product_limits(limits: dict[str, float]) -> list[float]:
+    """GFLOP/s of all threads, in float32 and in the arithmetic of the library."""
+    names = [f"matrix product {dtype}, GFLOP/s" for dtype in ("float32", evaluation.precision())]
+    return [max(value for key, value in limits.items() if key.startswith(name)) for name in names]
+
+
 def _quantity(rate: float, unit: str) -> str:
     if unit == "images/s":
         return f"{rate:,.0f} images/s"
@@ -118,10 +134,13 @@ def markdown(rows: list[Row], about: dict, limits: dict[str, float]) -> str:
     head = ["path", "measured against", "rival", "ours", "ratio", "target", ""]
     table = tabulate([row.cells() for row in rows], head, tablefmt="pipe", disable_numparse=True)
     bounds = "; ".join(f"{name}: {value:.0f}" for name, value in limits.items())
+    shares = "; ".join(row.shares(limits) for row in rows if row.flops)
     return (
         f"{table}\n\n{about['cpu']}, {about['cores']} cores, {about['precision']}, torch {about['torch']}. "
         "Both sides of a row take turns in one run; medians of all rounds.\n"
         f"Limits of the machine in the same run: {bounds}.\n"
+        + (f"Of its matrix-product rate (float32; {about['precision']}), the operations of the networks take, by the "
+           f"rival, by ours, and if the target were met: {shares}.\n" if shares else "")
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import rivals
 import torch
 from measuring import THREADS
+from ours import flops as operations
 
 from kure_lib import configs, data, evaluation, ptq, training
 from kure_lib.steps import best_step
@@ -51,6 +52,7 @@ def test_accuracy_of_quantized_variants(compare, trained, all_threads):
         for (bits, ratio), given in steps.items():
             expected[bits, ratio] = rivals.quantized_accuracy(trained, list(layers), given, bits, test_loader)
 
-    compare("variants", rival, ours, rounds=3, rival_amount=len(TIMED) / len(VARIANTS))
+    flops = len(VARIANTS) * len(test) * operations("resnet20", backward=False)
+    compare("variants", rival, ours, rounds=3, rival_amount=len(TIMED) / len(VARIANTS), flops=flops)
     for variant, accuracy in expected.items():
         assert found[variant] == pytest.approx(accuracy, abs=AGREEMENT), variant

@@ -68,7 +68,7 @@ def test_kure_in_a_training_step(compare, single_thread):
     compare("kure_step", without, with_kure, rounds=25, rival_amount=steps, ours_amount=steps)
 
 
-def test_best_step_against_search(compare):
+def test_best_step_against_search(compare, single_thread):
     torch.manual_seed(0)
     weight = nn.init.kaiming_normal_(torch.empty(512, 512, 3, 3), mode="fan_out")
 

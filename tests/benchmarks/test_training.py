@@ -40,10 +40,12 @@ def test_the_plain_net_is_the_same_net(name):
 def test_two_runs_at_once(compare, contenders):
     images = STEPS * BATCH
     script, runs = (lambda: together([contenders.script])), (lambda: together(contenders.runs))
-    compare(contenders.name, script, runs, rounds=4, rival_amount=images, ours_amount=RUNS * images)
+    compare(contenders.name, script, runs, rounds=4, rival_amount=images, ours_amount=RUNS * images,
+            flops=ours.flops(contenders.name, backward=True))  # fmt: skip
 
 
 def test_one_run_with_all_threads(compare, contenders):
     images = STEPS * BATCH
     script, alone = (lambda: together([contenders.script])), (lambda: together([contenders.alone]))
-    compare(f"{contenders.name}_alone", script, alone, rounds=3, rival_amount=images, ours_amount=images)
+    compare(f"{contenders.name}_alone", script, alone, rounds=3, rival_amount=images, ours_amount=images,
+            flops=ours.flops(contenders.name, backward=True))  # fmt: skip
