@@ -139,8 +139,11 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
 
 #: Parameters of notebooks, other than the profile, that a profile changes.
 PARAMETERS = {
-    "smoke": {"02": {"image_count": 50}, "06": {"points": 3}, "09": {"points": 3}, "11": {"rows": 128}},
-    "quick": {"06": {"points": 9}},
+    "smoke": {"02": {"image_count": 50}, "06": {"points": 3}, "07": {"settings": "3/FP", "calibration": 32},
+              "09": {"points": 3}, "11": {"rows": 128},
+              "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "images": 500}},
+    "quick": {"06": {"points": 9}, "07": {"settings": "3/FP 4/4", "calibration": 64},
+              "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0, 1.2], "images": 2000}},
 }
 
 #: Parts of the plan that a notebook reads; a notebook that is not named here trains nothing.
@@ -154,5 +157,6 @@ NEEDS = {
     "09": {"main", "target", "coefficient", "rivals", "tuning", "schedules"},
     "10": {"main", "activations"},
     "11": {"main", "target"},
+    "12": {"main"},
     "13": {"main", "qat"},
 }

@@ -126,12 +126,12 @@ def _master_view(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module]:
         yield network
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _master(record: Record, per_channel: bool) -> dict[str, master.Integers]:
     return master.of(record.network(), per_channel)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _from_master(record: Record, bits: int, method: str, per_channel: bool) -> dict[str, master.Integers]:
     return {name: each.to(bits, method) for name, each in _master(record, per_channel).items()}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import kurtosis as scipy_kurtosis
 from scipy.stats import skew
 
-from kure_lib.kurtosis import kurtosis
+from kure_lib.kurtosis import kurtoses, kurtosis
 from kure_lib.paths import KureError
 
 
@@ -101,6 +101,20 @@ def test_the_layout_in_memory_changes_neither_value_nor_gradient(layout, per_cha
     (gradient,) = torch.autograd.grad(value.reshape(-1) @ weights, base)
     torch.testing.assert_close(value.reshape(-1), wanted, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_many_tensors_at_once_have_the_kurtoses_and_gradients_of_each(dtype):
+    shapes = [(12, 10, 3, 3), (7,), (40, 500)]
+    tensors = [sample(shape, dtype, seed).requires_grad_() for seed, shape in enumerate(shapes)]
+    apart = [kurtosis(x) for x in tensors]
+    values = kurtoses(tensors)
+    assert torch.equal(values, torch.stack(apart))
+    assert kurtoses([tensors[0], torch.ones(5, dtype=dtype)]).isnan().tolist() == [False, True]
+    weights = torch.tensor([1.0, -2.0, 3.0]).to(values.dtype)
+    together = torch.autograd.grad(values @ weights, tensors)
+    for gradient, value, weight, x in zip(together, apart, weights, tensors, strict=True):
+        assert torch.equal(gradient, torch.autograd.grad(value * weight, x)[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"per_channel": True}, {"unbiased": True}])
