@@ -157,9 +157,11 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
     if seed < recipe.scratch_seeds:
         result.append(planned("scratch", "scratch", recipe.pretraining, regularizer=KURE))
     if seed < recipe.rival_seeds:
-        for contender in (c for c in recipe.contenders if seed < c.seeds):
-            settings = _contending(recipe, contender, contender.strength, contender.weight_decay)
-            result.append(planned(contender.arm, "rivals", settings, **start))
+        there = {run.config for run in result}
+        for contender in recipe.contenders:
+            settings = _contending(recipe, contender, contender.strength, contender.decay)
+            run = planned(contender.arm, "rivals", settings, **start)
+            result += [run] if run.config not in there else []
     if seed < recipe.schedule_seeds:
         for schedule in recipe.schedules:
             for arm, kure in (("control", None), ("kure", KURE)):
@@ -170,18 +172,17 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
         tried = {"start": first.config, "held_out": recipe.held_out, "train_size": TUNING_SIZE}
         result.append(first)
         for contender in recipe.contenders:
-            own = recipe.fine_tuning["weight_decay"]
-            pairs = [(strength, own) for strength in contender.strengths]
-            pairs += [(contender.strength, decay) for decay in contender.weight_decays]
+            pairs = [(strength, 1) for strength in contender.strengths]
+            pairs += [(contender.strength, decay) for decay in contender.decays]
             for pair in dict.fromkeys(pairs):
                 result.append(planned(contender.arm, "tuning", _contending(recipe, contender, *pair), **tried))
     return result
 
 
-def _contending(recipe: Recipe, contender: Contender, strength: float | None, weight_decay: float) -> dict:
+def _contending(recipe: Recipe, contender: Contender, strength: float | None, decay: float) -> dict:
     rival = RivalConfig(method=contender.method, strength=strength) if contender.method else None
-    own = {"rival": rival, "regularizer": KURE if contender.kure else None, "weight_decay": weight_decay}
-    return recipe.fine_tuning | own
+    own = {"rival": rival, "regularizer": KURE if contender.kure else None}
+    return recipe.fine_tuning | own | {"weight_decay": decay * recipe.fine_tuning["weight_decay"]}
 
 
 def trained_spec(quantizer: str, weight_bits: int | None, step_ratio: float = 1.0) -> runs.QuantizationSpec:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-WEIGHT_DECAYS = (5e-4, 2.5e-3, 1.25e-2)
+DECAYS = (1, 5, 25)  # times the weight decay of the recipe
 TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
 
 
@@ -10,19 +10,17 @@ TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
 class Contender:
     """An arm of the comparison with rivals: a `method` of `RivalConfig` or none, with `kure` or without.
 
-    `strengths` were tried at the recipe's own weight decay, then `weight_decays` at the best of them, on images held
-    out of training; `strength` and `weight_decay` are what was best there, which notebook 09 checks. At most `seeds`
-    networks are trained with them.
+    `strengths` were tried at the recipe's own weight decay, then `decays`, in multiples of it, at the best of them, on
+    images held out of training; `strength` and `decay` are what was best there, which notebook 09 checks.
     """
 
     arm: str
     method: str | None = None
     strength: float | None = None
-    weight_decay: float = 5e-4
+    decay: float = 1
     strengths: tuple[float, ...] = ()
-    weight_decays: tuple[float, ...] = WEIGHT_DECAYS
+    decays: tuple[float, ...] = DECAYS
     kure: bool = False
-    seeds: int = 3
 
 
 @dataclass(frozen=True)
@@ -89,19 +87,21 @@ def _imagenet(model: str, batch_size: int, epochs: int, **sweeps) -> Recipe:
 
 
 CONTENDERS = (
-    Contender("l2", weight_decay=1.25e-2),
-    Contender("gradient_l1", "gradient_l1", 1e-5, strengths=(1e-5, 1e-4, 1e-3), weight_decays=()),
-    Contender("gradient_l1_strong", "gradient_l1", 1e-3, weight_decays=(), seeds=1),
-    Contender("range", "range", 1.0, strengths=(0.01, 0.1, 1.0, 10.0), seeds=1),
+    Contender("l2", decay=25),
+    Contender("gradient_l1", "gradient_l1", 1e-5, 25, strengths=(1e-5, 1e-4, 1e-3)),
+    Contender("gradient_l1_own", "gradient_l1", 1e-5, decays=()),  # at the weight decay of the control
+    Contender("gradient_l1_strong", "gradient_l1", 1e-3, decays=()),
+    Contender("range", "range", 1.0, strengths=(0.01, 0.1, 1.0, 10.0)),
     Contender("outliers", "outliers", 1e3, strengths=(1.0, 10.0, 100.0, 1e3, 1e4)),
-    Contender("entropy", "entropy", 1.0, 1.25e-2, strengths=(0.1, 1.0, 10.0)),
+    Contender("entropy", "entropy", 1.0, 25, strengths=(0.1, 1.0, 10.0)),
     Contender("variation", "variation", 1e3, strengths=(1.0, 10.0, 100.0, 1e3)),
-    Contender("noise", "noise", 0.1, 2.5e-3, strengths=(0.05, 0.1, 0.2), seeds=1),
+    Contender("noise", "noise", 0.1, 5, strengths=(0.05, 0.1, 0.2)),
     Contender("sam", "sam", 0.02, strengths=(0.02, 0.05, 0.2)),
-    Contender("ema", "ema", 0.998, strengths=(0.95, 0.99, 0.998), seeds=1),
-    Contender("kure", kure=True, seeds=0),  # tuned, it is the main arm
-    Contender("kure_outliers", "outliers", 1e3, weight_decays=(), kure=True),  # with the best of the others
+    Contender("ema", "ema", 0.998, strengths=(0.95, 0.99, 0.998)),
+    Contender("kure", kure=True),  # tuned as the others are; with what is best, it is the main arm
+    Contender("kure_outliers", "outliers", 1e3, decays=(), kure=True),  # with the best of the others
 )
+ONCE_DIFFERENTIABLE = tuple(c for c in CONTENDERS if c.method != "gradient_l1")  # what depthwise convolutions allow
 SCHEDULES = (
     {"learning_rate": 0.02, "decay_every": 100},  # constant
     {"learning_rate": 0.02, "decay_every": 2},  # a tenth in the second half
@@ -128,6 +128,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
               quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
+              contenders=ONCE_DIFFERENTIABLE, rival_seeds=1,
               quantizers=(("dorefa 4/8", 1), ("lsq 4/8", 1))),
     ),
     "imagenet": (

@@ -58,7 +58,8 @@ COLOR = {name: line["color"] for name, line in LINE.items()}
 #: What a reader sees in place of the names of arms, networks and formats in records.
 NAME = {
     "pretrained": "pre-trained", "control": "control", "kure": "KURE", "scratch": "KURE from scratch",
-    "l2": "stronger L2", "gradient_l1": "gradient ℓ1", "gradient_l1_strong": "gradient ℓ1, stronger", "range": "range",
+    "l2": "stronger L2", "gradient_l1": "gradient ℓ1", "gradient_l1_own": "gradient ℓ1, plain decay",
+    "gradient_l1_strong": "gradient ℓ1, stronger", "range": "range",
     "outliers": "outliers", "entropy": "entropy", "variation": "variation of |w|",
     "noise": "weight noise", "sam": "SAM", "ema": "EMA", "kure_outliers": "KURE + outliers",
     "activations": "KURE of activations",

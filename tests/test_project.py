@@ -21,7 +21,7 @@ from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 
 FLOORS = (
     {"theory", "distributions", "paper", "paths"},
-    {"kurtosis", "activations", "regularizers", "uniformizing", "formats", "quantizers", "steps"},
+    {"kurtosis", "activations", "regularizers", "uniformizing", "formats", "quantizers", "empirical", "steps"},
     {"data", "models", "calibration", "evaluation", "ptq", "lapq", "qat", "rivals", "configs", "training",
      "master", "export"},
     {"records", "runs", "verdicts", "show"},

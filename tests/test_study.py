@@ -25,11 +25,12 @@ EVERY_PROFILE = pytest.mark.parametrize("profile", PROFILES)
 
 def test_the_profiles_have_the_runs_of_the_design():
     counts = {name: len(plan(name).runs) for name in PROFILES}
-    rivals = (7 * 3 + 4) + 2 * 2 * 2 + (1 + 2 * 3 + 4 * (3 + 2) + (5 + 2) + (4 + 2) + (4 + 2) + 3)
+    tuning = 1 + 2 * 3 + 5 * (3 + 2) + 2 * (4 + 2) + (5 + 2)
+    rivals = 12 * 3 + 2 * 2 * 2 + tuning
     assert counts == {
-        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 11 + 2,
+        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2,
         "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1) + (3 * 3 + 4 + 2 * 2) + rivals,
+        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1) + (3 * 3 + 4 + 2 * 2 + 9) + rivals,
         "imagenet": 3 * 3 + (3 + 1),
     }
     main = {arm: len(plan("study").select(arm=arm, part="main")) for arm in ("pretrained", "control", "kure")}
