@@ -55,12 +55,14 @@ def execute(
     destination: Path | None = None,
     timeout: float = TIMEOUT,
     parameters: Mapping[str, object] | None = None,
+    threads: int | None = None,
 ) -> Path:
     """Execute a notebook from top to bottom; keep the executed copy whole, or not at all.
 
     `destination` is `results/<profile>/notebooks/<stem>.ipynb` unless given. `timeout` (seconds) is for one
     cell and, with `GRACE` added, for the notebook. Only parameters that differ from the notebook's own are
-    injected, so that under its own profile the copy has the same cells. Returns `destination`.
+    injected, so that under its own profile the copy has the same cells. The kernel computes with that many
+    `threads`, unless the environment already says with how many. Returns `destination`.
     Raises `KureError` for an unknown notebook or parameter, a cell that fails or takes too long, a kernel
     that dies, and a verdict that was not written; it says where the part that was executed lies.
     """
@@ -74,7 +76,7 @@ def execute(
     with FileLock(partial.with_suffix(".lock")):  # a second copy of the study waits for its turn
         partial.unlink(missing_ok=True)
         before = {} if paths.checking() else _verdicts(results, stem)  # in check mode none is written
-        trouble = _papermill(source, partial, changes, timeout)
+        trouble = _papermill(source, partial, changes, timeout, threads)
         after = _verdicts(results, stem)
         if not trouble and (missing := [id for id in after if after[id] in (None, before.get(id))]):
             trouble = f"did not write its verdict on {', '.join(missing)}."
@@ -129,12 +131,15 @@ def _verdicts(results: Path, stem: str) -> dict[str, tuple[int, int] | None]:
     return {id: (f.stat().st_mtime_ns, f.stat().st_ino) if f.exists() else None for id, f in files.items()}
 
 
-def _papermill(source: Path, partial: Path, changes: Mapping[str, object], timeout: float) -> str | None:
+def _papermill(
+    source: Path, partial: Path, changes: Mapping[str, object], timeout: float, threads: int | None
+) -> str | None:
     """Execute `source` into `partial`; None if all went well, otherwise the trouble, to follow the name."""
     command = [sys.executable, "-m", "papermill", source, partial, "--kernel", "python3", "--no-progress-bar"]
     command += ["--cwd", source.parent, "--execution-timeout", f"{timeout:.0f}"]
     command += ["--parameters_yaml", json.dumps(changes)] if changes else []
-    environment = {**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else a warning in the outputs
+    ours = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    environment = {**ours, **os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else a warning in the outputs
     with tempfile.TemporaryFile() as log:
         with running(command, env=environment, stdout=log, stderr=log) as process:
             try:

@@ -152,12 +152,15 @@ class _Progress:
 def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> None:
     """Execute notebooks, several at once; 00 shows the verdicts of all others, so it comes last and alone."""
     others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
+    cores = psutil.cpu_count(logical=False) or 1
+    threads = max(1, cores // min(jobs, max(len(others), 1)))  # more would wait for one another
     with tqdm(total=len(others) + len(last), desc="notebooks", unit="notebook", disable=None) as bar:
 
         def execute(stem: str) -> None:
             if bar.disable:
                 print(f"executing {stem}", flush=True)
-            notebooks.execute(stem, profile, parameters=PARAMETERS.get(profile, {}).get(stem[:2]))
+            changed = PARAMETERS.get(profile, {}).get(stem[:2])
+            notebooks.execute(stem, profile, parameters=changed, threads=threads)
             bar.update()
 
         pool = concurrent.futures.ThreadPoolExecutor(jobs)

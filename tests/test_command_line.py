@@ -110,6 +110,16 @@ def test_a_notebook_that_does_all_it_should(write, tmp_path):
     assert not list(executed.parent.glob("*.partial.ipynb"))
 
 
+@pytest.mark.parametrize(("said", "used"), [(None, "3"), ("2", "2")])
+def test_notebooks_that_share_the_cores_get_threads_of_their_own(write, monkeypatch, said, used):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    write("import os; print(os.environ['OMP_NUM_THREADS'])", VERDICT)
+    cells = nbformat.read(notebooks.execute(STEM, "study", threads=3), as_version=4).cells
+    assert cells[1].outputs[0].text == f"{used}\n"
+
+
 def test_under_its_own_profile_a_notebook_keeps_its_cells_and_its_bytes(write, tmp_path):
     write("print(profile)", VERDICT)
     source = tmp_path / f"{STEM}.ipynb"
