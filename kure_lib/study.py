@@ -25,9 +25,9 @@ __all__ = [
     "ARMS", "FULL", "PROFILES", "Plan", "Planned", "describe", "needed", "open", "plan", "run", "train", "trained_spec",
 ]  # fmt: skip
 
-#: Seconds an epoch takes on one core of a 2023 server, for the estimate of the time a plan takes.
+#: Seconds an epoch takes on one core of the processors in results/benchmarks, to estimate the time a plan takes.
 SECONDS_PER_EPOCH = {
-    "bfloat16": {"resnet20": 30, "mobilenet_v2_050": 40},
+    "bfloat16": {"resnet20": 16, "mobilenet_v2_050": 20},
     "float32": {"resnet20": 65, "mobilenet_v2_050": 62},
 }
 QUANTIZED = 1.4  # times as long, for quantization-aware training
