@@ -1,6 +1,9 @@
 """Kurtosis against SciPy, and its gradient against automatic and numerical differentiation."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,6 +118,27 @@ def test_many_tensors_at_once_have_the_kurtoses_and_gradients_of_each(dtype):
     together = torch.autograd.grad(values @ weights, tensors)
     for gradient, value, weight, x in zip(together, apart, weights, tensors, strict=True):
         assert torch.equal(gradient, torch.autograd.grad(value * weight, x)[0])
+
+
+BITS = """
+import torch
+from kure_lib.kurtosis import kurtoses
+generator = torch.Generator().manual_seed(0)
+tensors = [torch.randn(size, generator=generator).requires_grad_() for size in (17, 2_304, 36_864, 204_800)]
+values = kurtoses(tensors)
+values.square().sum().backward()
+print([x.view(torch.int32).sum().item() for x in (values.detach(), *(x.grad for x in tensors))])
+"""
+
+
+def test_just_compiled_and_from_the_compilers_cache_it_is_the_same_bits(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    said = []
+    for _ in range(2):
+        child = subprocess.run([sys.executable, "-c", BITS], env=environment, capture_output=True, check=True)
+        said.append(child.stdout)
+        assert list(tmp_path.rglob("*.nbc"))
+    assert said[0] == said[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"per_channel": True}, {"unbiased": True}])
