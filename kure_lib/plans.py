@@ -161,7 +161,8 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
         for contender in recipe.contenders:
             settings = _contending(recipe, contender, contender.strength, contender.decay)
             run = planned(contender.arm, "rivals", settings, **start)
-            result += [run] if run.config not in there else []
+            if run.config not in there:
+                result.append(run)
     if seed < recipe.schedule_seeds:
         for schedule in recipe.schedules:
             for arm, kure in (("control", None), ("kure", KURE)):

@@ -60,7 +60,11 @@ def describe(planned: Plan) -> str:
 
 def workers() -> int:
     """How many runs are trained at once: one for each GPU, else one for each core."""
-    return torch.cuda.device_count() or psutil.cpu_count(logical=False) or 1
+    return torch.cuda.device_count() or _cores()
+
+
+def _cores() -> int:
+    return psutil.cpu_count(logical=False) or 1
 
 
 def train(planned: Plan, jobs: int | None = None) -> None:
@@ -152,8 +156,7 @@ class _Progress:
 def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> None:
     """Execute notebooks, several at once; 00 shows the verdicts of all others, so it comes last and alone."""
     others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
-    cores = psutil.cpu_count(logical=False) or 1
-    threads = max(1, cores // min(jobs, max(len(others), 1)))  # more would wait for one another
+    threads = max(1, _cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
     with tqdm(total=len(others) + len(last), desc="notebooks", unit="notebook", disable=None) as bar:
 
         def execute(stem: str) -> None:
