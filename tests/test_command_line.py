@@ -186,9 +186,10 @@ def test_stopping_ends_the_kernel_too(stop, write, tmp_path):
         "time.sleep(60)",
     )
     script = f"""
-import sys
+import signal, sys
 from pathlib import Path
 from kure_lib import __main__ as command_line, notebooks, paths, study
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 paths.NOTEBOOKS = Path({str(tmp_path)!r})
 study.run = lambda *arguments, **options: notebooks.execute({STEM!r}, "quick")
 sys.exit(command_line.main(["--profile", "quick"]))
