@@ -1,10 +1,26 @@
-"""The library behind the notebooks of the KURE reproducibility study."""
+"""The library behind the notebooks of the KURE reproducibility study; a name is loaded when it is first used."""
 
-from kure_lib.kurtosis import kurtosis
-from kure_lib.quantizers import MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, quantize
-from kure_lib.regularizers import KurtosisRegularizer
-from kure_lib.steps import best_step
+from importlib import import_module
 
-__all__ = [
-    "MID_RISE", "MID_TREAD", "SIGNED_INT", "UNSIGNED", "KurtosisRegularizer", "best_step", "kurtosis", "quantize",
-]
+_HOMES = {
+    "kurtosis": "tensors.kurtosis", "KurtosisRegularizer": "training.regularizers",
+    "MID_RISE": "tensors.quantizers", "MID_TREAD": "tensors.quantizers", "SIGNED_INT": "tensors.quantizers",
+    "UNSIGNED": "tensors.quantizers", "quantize": "tensors.quantizers", "best_step": "tensors.steps",
+    "quantized": "quantization.view", "QuantizationSpec": "quantization.view",
+}  # fmt: skip
+_MODULES = {"theory": "tensors.theory", "paper": "findings.paper", "show": "findings.show",
+            "verdicts": "findings.verdicts", "study": "study"}  # fmt: skip
+
+__all__ = [*_HOMES, *_MODULES]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f"kure_lib.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"kure_lib.{_MODULES[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace) -> int:
-    from kure_lib import notebooks, paths, study
+    from kure_lib import driver as study
+    from kure_lib import notebooks, paths
 
     paths.use_profile(asked.profile)
     try:
@@ -83,7 +84,7 @@ def _run(asked: argparse.Namespace) -> int:
 
 def scoreboard() -> str:
     """The verdicts under the ambient profile: one line a claim, then the totals."""
-    from kure_lib import verdicts
+    from kure_lib.findings import verdicts
 
     board = verdicts.scoreboard()
     rows = zip(board.id, board.outcome, board.statement, strict=True)

@@ -21,7 +21,8 @@ import psutil
 from filelock import FileLock
 from nbformat import NotebookNode
 
-from kure_lib import paths, verdicts
+from kure_lib import paths
+from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 
 TIMEOUT = 3600  # seconds, for one cell

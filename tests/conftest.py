@@ -4,10 +4,9 @@ import os
 
 import pytest
 import torch
+from helpers import TINY
 
-from kure_lib.configs import KureConfig, RunConfig
-
-TINY = {"train_size": 256, "epochs": 2, "learning_rate": 0.05, "weight_decay": 5e-4, "batch_size": 32}
+from kure_lib.training.configs import KureConfig, RunConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,11 +48,6 @@ def tiny_model() -> torch.nn.Module:
     )  # fmt: skip
     model(torch.zeros(1, 1, 10, 10))
     return model.eval()
-
-
-def same_weights(one, other) -> bool:
-    """Whether two state dicts hold, under the same names, bit for bit the same numbers."""
-    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture

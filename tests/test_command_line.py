@@ -12,7 +12,9 @@ import psutil
 import pytest
 
 from kure_lib import __main__ as command_line
-from kure_lib import notebooks, paths, study, verdicts
+from kure_lib import driver as study
+from kure_lib import notebooks, paths
+from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 
 STEM = "90_tiny"
@@ -188,7 +190,7 @@ def test_stopping_ends_the_kernel_too(stop, write, tmp_path):
     script = f"""
 import signal, sys
 from pathlib import Path
-from kure_lib import __main__ as command_line, notebooks, paths, study
+from kure_lib import __main__ as command_line, driver as study, notebooks, paths
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 paths.NOTEBOOKS = Path({str(tmp_path)!r})
 study.run = lambda *arguments, **options: notebooks.execute({STEM!r}, "quick")

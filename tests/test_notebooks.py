@@ -10,8 +10,12 @@ from statistics import median
 import nbformat
 import pytest
 
-from kure_lib import notebooks, paths, report, runs, study, verdicts
+from kure_lib import driver as study
+from kure_lib import notebooks, paths
+from kure_lib import site as report
+from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
+from kure_lib.study import runs
 
 STUDY = paths.ROOT / "results" / "study"
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 import torchvision
 
-from kure_lib import evaluation
+from kure_lib.networks import device
 
 THREADS = psutil.cpu_count(logical=False) or os.cpu_count() or 1  # what torch uses unless told otherwise
 
@@ -80,7 +80,7 @@ def machine() -> dict:
     return {
         "cpu": cpuinfo.get_cpu_info()["brand_raw"], "cores": THREADS, "logical_cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30), "system": platform.system(),
-        "capability": torch.backends.cpu.get_cpu_capability(), "precision": evaluation.precision(),
+        "capability": torch.backends.cpu.get_cpu_capability(), "precision": device.precision(),
         "threads": THREADS, "python": platform.python_version(), "torch": torch.__version__,
         "torchvision": torchvision.__version__, "numpy": np.__version__, "numba": numba.__version__,
     }  # fmt: skip

@@ -6,10 +6,10 @@ from itertools import count
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kure_lib import data, models
-from kure_lib.configs import RunConfig
-from kure_lib.regularizers import KurtosisRegularizer
-from kure_lib.training import train_epoch
+from kure_lib.networks import data, models
+from kure_lib.training.configs import RunConfig
+from kure_lib.training.loop import train_epoch
+from kure_lib.training.regularizers import KurtosisRegularizer
 
 
 def training(name: str, steps: int, kure: bool = False) -> Callable[[], None]:

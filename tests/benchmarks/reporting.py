@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from kure_lib import evaluation
+from kure_lib.networks import device
 from kure_lib.paths import write_atomically
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-RESNET = 4 if evaluation.precision() == "bfloat16" else 2  # times faster
+RESNET = 4 if device.precision() == "bfloat16" else 2  # times faster
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Row:
 
 def _product_limits(limits: dict[str, float]) -> list[float]:
     """GFLOP/s of all threads, in float32 and in the arithmetic of the library."""
-    names = [f"matrix product {dtype}, GFLOP/s" for dtype in ("float32", evaluation.precision())]
+    names = [f"matrix product {dtype}, GFLOP/s" for dtype in ("float32", device.precision())]
     return [max(value for key, value in limits.items() if key.startswith(name)) for name in names]
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.models.resnet import BasicBlock
 
-from kure_lib.data import unpack_fashion_mnist
+from kure_lib.networks.data import unpack_fashion_mnist
 
 
 def kure_term(layers: list[nn.Conv2d], target: float = 1.8) -> Tensor:

@@ -8,8 +8,12 @@ import torch
 from measuring import THREADS
 from ours import flops as operations
 
-from kure_lib import configs, data, evaluation, ptq, training
-from kure_lib.steps import best_step
+from kure_lib.networks import data, evaluation
+from kure_lib.networks.layers import quantized_layers
+from kure_lib.quantization import view as ptq
+from kure_lib.tensors.steps import best_step
+from kure_lib.training import configs
+from kure_lib.training import loop as training
 
 VARIANTS = list(product((2, 3, 4, 5, 6, 8), (0.75, 0.9, 1.0, 1.25)))  # bits, Δ/Δ̃
 TIMED = (0, 10)  # the rival's: 2 bits at 0.75 and 4 bits at 1.0
@@ -36,7 +40,7 @@ def all_threads():
 
 def test_accuracy_of_quantized_variants(compare, trained, all_threads):
     test, test_loader = data.load("fashion_mnist", "test"), rivals.loader(train=False)
-    layers = ptq.quantized_layers(trained)
+    layers = quantized_layers(trained)
     steps = {
         (bits, ratio): [best_step(layer.weight, bits) * ratio for layer in layers.values()]
         for bits, ratio in (VARIANTS[i] for i in TIMED)

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from kure_lib import training
-from kure_lib.quantizers import quantize
-from kure_lib.regularizers import KurtosisRegularizer, regularized_layers
-from kure_lib.steps import EmpiricalDistribution, best_step
+from kure_lib.networks import device
+from kure_lib.tensors.quantizers import quantize
+from kure_lib.tensors.steps import EmpiricalDistribution, best_step
+from kure_lib.training.regularizers import KurtosisRegularizer, regularized_layers
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -20,7 +20,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 @pytest.fixture
 def single_thread():
     """One thread, as every run of a study has."""
-    with training.single_thread():
+    with device.single_thread():
         yield
 
 

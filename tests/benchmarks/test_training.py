@@ -7,7 +7,7 @@ import pytest
 import rivals
 from measuring import THREADS, Contender, together
 
-from kure_lib import models
+from kure_lib.networks import models
 
 STEPS, BATCH = 20, 256  # five times as many steps as the loader's workers fetch ahead while they wait
 RUNS = 2  # that a study trains at once on two cores

@@ -1,0 +1,1 @@
+"""What was found: claims, verdicts, published numbers, intervals, and one look for all figures."""

@@ -1,0 +1,227 @@
+"""One look for every figure and table, each kept beside the data it shows; means with their intervals."""
+
+import io
+import math
+import platform
+import re
+from importlib.metadata import version
+from statistics import fmean, stdev
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import Image, Markdown, display
+from scipy.stats import t as student_t
+
+from kure_lib import paths
+from kure_lib.networks import device
+from kure_lib.paths import KureError
+
+FIGURE_SIZE = (8.0, 4.5)  # inches
+DPI = 150
+
+# One look per thing in every notebook: Okabe and Ito's colours, and line styles that survive greyscale.
+LINE = {
+    # training arms
+    "pretrained": {"color": "#7F7F7F", "linestyle": "-.", "marker": "^"},
+    "control": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
+    "kure": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "scratch": {"color": "#56B4E9", "linestyle": ":", "marker": "D"},
+    "activations": {"color": "#009E73", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "v"},
+    # distributions: dense curves, so no markers
+    "uniform": {"color": "#0072B2", "linestyle": "-"},
+    "normal": {"color": "#E69F00", "linestyle": "--"},
+    "laplace": {"color": "#CC79A7", "linestyle": "-."},
+    # grids
+    "mid_rise": {"color": "#009E73", "linestyle": "-", "marker": "o"},
+    "mid_tread": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "signed_int": {"color": "#CC79A7", "linestyle": "-.", "marker": "^"},
+    # number formats: integers are the mid-rise grid's
+    "int8": {"color": "#009E73", "linestyle": "--", "marker": "s"},
+    "int4": {"color": "#009E73", "linestyle": "-", "marker": "o"},
+    "int3": {"color": "#009E73", "linestyle": ":", "marker": "o"},
+    "fp8_e4m3": {"color": "#E69F00", "linestyle": "-", "marker": "v"},
+    "fp8_e5m2": {"color": "#E69F00", "linestyle": ":", "marker": "^"},
+    "fp6_e2m3": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "fp6_e3m2": {"color": "#D55E00", "linestyle": ":", "marker": "x"},
+    "fp4_e2m1": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "nf4": {"color": "#CC79A7", "linestyle": "-.", "marker": "^"},
+    "pot4": {"color": "#7F7F7F", "linestyle": ":", "marker": "v"},
+    "mxfp4": {"color": "#56B4E9", "linestyle": "--", "marker": "D"},
+    "mxfp6": {"color": "#56B4E9", "linestyle": "--", "marker": "D"},
+    "nvfp4": {"color": "#0072B2", "linestyle": "-", "marker": "P"},
+    # published values beside ours
+    "paper": {"color": "#000000", "linestyle": ":", "marker": "x"},
+}
+COLOR = {name: line["color"] for name, line in LINE.items()}
+
+#: What a reader sees in place of the names of arms, networks and formats in records.
+NAME = {
+    "pretrained": "pre-trained", "control": "control", "kure": "KURE", "scratch": "KURE from scratch",
+    "l2": "stronger L2", "gradient_l1": "gradient ℓ1", "gradient_l1_own": "gradient ℓ1, plain decay",
+    "gradient_l1_strong": "gradient ℓ1, stronger", "range": "range",
+    "outliers": "outliers", "entropy": "entropy", "variation": "variation of |w|",
+    "noise": "weight noise", "sam": "SAM", "ema": "EMA", "kure_outliers": "KURE + outliers",
+    "activations": "KURE of activations",
+    "resnet20": "ResNet-20", "mobilenet_v2_050": "MobileNet-V2 0.5",
+    "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNet-V2",
+    "int8": "INT8", "int4": "INT4", "int3": "INT3", "fp8_e4m3": "FP8 E4M3", "fp8_e5m2": "FP8 E5M2",
+    "fp6_e2m3": "FP6 E2M3", "fp6_e3m2": "FP6 E3M2", "fp4_e2m1": "FP4 E2M1", "nf4": "NF4", "pot4": "power of two",
+    "mxfp4": "MXFP4", "mxfp6": "MXFP6 E2M3", "nvfp4": "NVFP4",
+}  # fmt: skip
+
+
+def style() -> None:
+    """Set matplotlib's defaults: one size, a light grid, fonts that can be read at half the printed size."""
+    plt.rcParams.update({
+        "figure.figsize": FIGURE_SIZE, "figure.constrained_layout.use": True,
+        "font.family": "DejaVu Sans", "font.size": 14, "axes.titlesize": 14, "axes.labelsize": 14,
+        "xtick.labelsize": 13, "ytick.labelsize": 13, "legend.fontsize": 13, "legend.frameon": False,
+        "lines.linewidth": 2.0, "lines.markersize": 7.0, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    })
+
+
+def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = paths.RELATIVE_TOLERANCE) -> None:
+    """Keep a figure as `figures/<name>.png` and the numbers it plots as `<name>.csv`, show it and close it.
+
+    What is shown is the very image that is kept. Check mode compares its numbers: pixels vary by machine.
+    `tolerance` is relative; widen it for what amplifies rounding, such as a long descent.
+    """
+    file = paths.results() / "figures" / f"{name}.png"
+    image = io.BytesIO()
+    fig.savefig(image, format="png", dpi=DPI, metadata={"Software": None})  # no version in it: stable bytes
+    plt.close(fig)
+    paths.keep(file.with_suffix(".csv"), _csv(data), tolerance)
+    if not paths.checking():
+        paths.write_atomically(file, image.getvalue())
+    elif not file.is_file():
+        raise KureError(f"{file} is missing: run its notebook with KURE_CHECK unset and commit the file.")
+    display(Image(image.getvalue(), width=round(100 * fig.get_figwidth()), alt=name.replace("_", " ")))
+
+
+def table(
+    frame: pd.DataFrame, name: str, caption: str | None = None, tidy: pd.DataFrame | None = None,
+    tolerance: float = paths.RELATIVE_TOLERANCE,
+) -> None:  # fmt: skip
+    """Keep a table as `tables/<name>.md`, as shown, and as `<name>.csv` for machines; display it as Markdown.
+
+    `frame` may hold strings formatted by the notebook; `tidy` then holds the plain numbers for the CSV file.
+    `tolerance` is as for `figure`.
+    """
+    file = paths.results() / "tables" / f"{name}.md"
+    text = (f"**{caption}**\n\n" if caption else "") + _markdown(frame)
+    paths.keep(file, text, tolerance)
+    paths.keep(file.with_suffix(".csv"), _csv(frame if tidy is None else tidy), tolerance)
+    display(Markdown(text))
+
+
+def mean_interval(values, level: float = 0.95) -> tuple[float, float]:
+    """The mean and the half-width of its Student-t confidence interval; nan for a single value.
+
+    Raises `KureError` if there are no values.
+
+    >>> mean, half_width = mean_interval([91.0, 92.0, 93.0])
+    >>> f"{mean:.1f} ± {half_width:.2f}"
+    '92.0 ± 2.48'
+    """
+    values = [float(value) for value in values]
+    if not values:
+        raise KureError("No values to average: check which runs were selected.")
+    if len(values) == 1:
+        return values[0], math.nan
+    half_width = student_t.ppf((1 + level) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values), float(half_width)
+
+
+def paired_interval(a, b, level: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of the differences a − b of runs paired by seed.
+
+    Raises `KureError` if the two do not pair.
+
+    >>> paired_interval([92.0, 93.0], [91.0, 92.0])
+    (1.0, 0.0)
+    """
+    a, b = list(a), list(b)
+    if len(a) != len(b):
+        raise KureError(f"Cannot pair {len(a)} values with {len(b)}: give one a seed, in the same order.")
+    return mean_interval([x - y for x, y in zip(a, b, strict=True)], level)
+
+
+def format_interval(values, digits: int = 1, sign: bool = False) -> str:
+    """A mean with its 95 % interval; one value alone is only indicative. `sign` shows the plus of a gain.
+
+    >>> format_interval([91.0, 92.0, 93.0]), format_interval([0.25], digits=2, sign=True)
+    ('92.0 ± 2.5', '+0.25 (indicative)')
+    """
+    mean, half_width = mean_interval(values)
+    shown = f"{mean:{'+' if sign else ''}.{digits}f}"
+    return f"{shown} (indicative)" if math.isnan(half_width) else f"{shown} ± {half_width:.{digits}f}"
+
+
+def pivot(
+    frame: pd.DataFrame, rows: list[str], columns: str, value: str = "top1", digits: int = 1, sign: bool = False
+) -> pd.DataFrame:
+    """A tidy frame as a table of means with intervals over what is neither in `rows` nor in `columns`.
+
+    Rows and columns keep the order in which they first appear; networks and arms get the names readers see.
+    """
+    groups = frame.groupby([*rows, columns], sort=False, dropna=False)[value]
+    cells = groups.agg(lambda values: format_interval(values, digits, sign)).unstack(columns, sort=False)
+    return cells.rename(index=NAME, columns=NAME).rename_axis(index={"model": "network", "method": "arm"})
+
+
+def gain(frame: pd.DataFrame, keys: list[str], value: str = "top1") -> pd.DataFrame:
+    """KURE minus its control, paired by seed: one row for each combination of `keys` and seed, column `gain`."""
+    wide = frame.pivot_table(index=[*keys, "seed"], columns="method", values=value, sort=False)
+    return (wide["kure"] - wide["control"]).rename("gain").reset_index()
+
+
+def band(axis: plt.Axes, frame: pd.DataFrame, x: str, y: str, name: str | None = None, **line) -> None:
+    """Draw the mean of column `y` at each `x` as a line, and its range over seeds as a band around it.
+
+    `name` gives the look of `LINE` and the label of `NAME`; what `line` says goes before both.
+    """
+    line = LINE.get(name, {}) | {"label": NAME.get(name, name)} | line
+    spread = frame.groupby(x)[y].agg(["mean", "min", "max"])
+    axis.plot(spread.index, spread["mean"], **line)
+    axis.fill_between(spread.index, spread["min"], spread["max"], color=line["color"], alpha=0.2, linewidth=0)
+
+
+def environment() -> None:
+    """Print versions, device, threads and precision: a notebook's last cell, whose output is not compared."""
+    packages = ("torch", "torchvision", "numpy", "scipy", "pandas", "matplotlib")
+    cpu = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()})"
+    machine = torch.cuda.get_device_name() if device.device().type == "cuda" else cpu
+    print(f"Python {platform.python_version()},", ", ".join(f"{name} {version(name)}" for name in packages))
+    print(f"{machine}, {torch.get_num_threads()} threads, networks in {device.precision()}")
+    print(f"profile {paths.profile()}")
+
+
+def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """A named index becomes columns; a hierarchy of column names becomes one name each."""
+    if any(name is not None for name in frame.index.names):
+        frame = frame.reset_index()
+    parts = [name if isinstance(name, tuple) else (name,) for name in frame.columns]
+    return frame.set_axis([" ".join(map(str, part)).strip() for part in parts], axis=1)
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    return _flat(frame).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table; columns of numbers are aligned to the right, a missing value is a dash."""
+    frame = _flat(frame)
+    columns = [[_cell(value) for value in frame.iloc[:, i]] for i in range(frame.shape[1])]
+    numeric = [all(re.match(r"[+-]?\d|–", cell) for cell in column) for column in columns]
+    ruling = ["---:" if is_numeric else "---" for is_numeric in numeric]
+    lines = [[_cell(name) for name in frame.columns], ruling, *zip(*columns, strict=True)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _cell(value) -> str:
+    if pd.isna(value):
+        return "–"
+    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value).replace("|", r"\|")

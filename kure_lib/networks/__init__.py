@@ -1,0 +1,1 @@
+"""Images, networks, their layers and activations, and the device on which they run."""

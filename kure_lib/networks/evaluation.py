@@ -1,0 +1,38 @@
+"""Accuracy and loss of a network on a split."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kure_lib.networks import data
+from kure_lib.networks.device import autocast
+
+BATCH = 1000
+
+
+class Evaluation(NamedTuple):
+    """Top-1 accuracy in percent and mean cross-entropy in nats."""
+
+    top1: float
+    loss: float
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, split: data.Split) -> Evaluation:
+    """Accuracy and loss of `model`, put into evaluation mode, over all images of the split."""
+    model.eval()
+    place = next(model.parameters()).device
+    correct, loss = 0, 0.0
+    for images, labels in split.batches(BATCH):
+        with autocast():
+            scores = model(images.to(place))
+        scores, labels = scores.float(), labels.to(place)
+        correct += (scores.argmax(1) == labels).sum().item()
+        loss += nn.functional.cross_entropy(scores, labels, reduction="sum").item()
+    return Evaluation(100 * correct / len(split), loss / len(split))
+
+
+def accuracy(model: nn.Module, split: data.Split) -> float:
+    """Top-1 accuracy in percent."""
+    return evaluate(model, split).top1

@@ -1,0 +1,84 @@
+"""The networks: torchvision's, and two of its architectures cut to size for small images."""
+
+import torch
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+from torchvision.models.resnet import BasicBlock
+
+from kure_lib.networks.depthwise import DenseGradient, DepthwiseConv2d
+from kure_lib.paths import KureError
+
+IMAGENET = ("resnet18", "resnet50", "mobilenet_v2")
+SMALL = ("resnet20", "mobilenet_v2_050")
+
+
+def build(name: str, channels: int, classes: int, pretrained: bool = False) -> nn.Module:
+    """A network by name, for images of that many channels, channels-last, in training mode.
+
+    `pretrained` loads torchvision's ImageNet weights, the ones the paper starts from.
+    Raises `KureError` for an unknown name.
+    """
+    if name == "resnet20":
+        model = ResNet20(channels, classes)
+    elif name == "mobilenet_v2_050":
+        model = mobilenet_v2_050(channels, classes)
+    elif name in IMAGENET:
+        weights = torchvision_models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
+        model = torchvision_models.get_model(name, weights=weights, **({} if pretrained else {"num_classes": classes}))
+    else:
+        raise KureError(f"Unknown architecture '{name}': choose one of {', '.join((*SMALL, *IMAGENET))}.")
+    return model.to(memory_format=torch.channels_last)
+
+
+class ResNet20(nn.Module):
+    """He et al.'s residual net for small images: three stages of three blocks of 16, 32 and 64 channels.
+
+    Built from torchvision's `BasicBlock`, so a shortcut that changes shape is a 1 × 1 convolution. The stem
+    has stride 2: a 28 × 28 image is a quarter of the work at 14 × 14.
+    """
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(16, 16, stride=1)
+        self.layer2 = _stage(16, 32, stride=2)
+        self.layer3 = _stage(32, 64, stride=2)
+        self.dense = DenseGradient()
+        self.fc = nn.Linear(64, classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.dense(x).mean((2, 3)))
+
+
+def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    shortcut = None
+    if inputs != outputs:
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(
+        BasicBlock(inputs, outputs, stride, shortcut), BasicBlock(outputs, outputs), BasicBlock(outputs, outputs)
+    )
+
+
+def mobilenet_v2_050(channels: int, classes: int) -> nn.Module:
+    """torchvision's MobileNet-V2 at half width, with a stem for `channels` and its last downsampling removed.
+
+    For a 28 × 28 image the last maps are then 2 × 2. At 1 × 1 eight of the nine taps of a depthwise filter
+    would only ever meet padding, keep their initial values and make the layer's kurtosis meaningless.
+    """
+    model = torchvision_models.mobilenet_v2(width_mult=0.5, num_classes=classes)
+    stem = model.features[0][0]
+    model.features[0][0] = nn.Conv2d(channels, stem.out_channels, 3, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.features[0][0].weight, mode="fan_out")
+    depthwise = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    [m for m in depthwise.values() if m.stride == (2, 2)][-1].stride = (1, 1)
+    for name, layer in depthwise.items():
+        model.set_submodule(name, DepthwiseConv2d(layer))
+    model.features.append(DenseGradient())
+    return model

@@ -1,0 +1,88 @@
+"""What is learned from a few training images before a network is quantized: activations, and batch-norm statistics."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from kure_lib.networks import activations, data, device
+from kure_lib.paths import KureError
+from kure_lib.tensors.quantizers import UNSIGNED
+from kure_lib.tensors.steps import EmpiricalDistribution, best_step
+
+IMAGES = 512  # as many as the paper's authors calibrate with
+KEPT = 2**18  # values of a site that are looked at, evenly spread over images, channels and positions
+
+
+def images(name: str, size: int = IMAGES) -> tuple[Tensor, Tensor]:
+    """The first `size` training images of a data set, not augmented, and their labels, on the device of evaluation.
+
+    Raises `KureError` if there are none.
+    """
+    batch, labels = next(data.load(name, "train").head(size).batches(max(size, 1)), (torch.empty(0), None))
+    if not len(batch):
+        raise KureError("The calibration set is empty: give at least one image.")
+    return batch.to(device.device()), labels.to(device.device())
+
+
+@torch.inference_mode()
+def observe(model: nn.Module, batch: Tensor) -> dict[str, EmpiricalDistribution]:
+    """The activations at every quantized site of the model in float32, for a batch of images [N, C, H, W]."""
+    wanted = set(activations.quantized_sites(model, batch[:1]))
+    seen: dict[str, EmpiricalDistribution] = {}
+
+    def note(site: str, output: Tensor) -> Tensor:
+        if site in wanted:
+            values = output.flatten()
+            if values.numel() > KEPT:  # a whole stride would see the same few positions of every image
+                values = values[torch.linspace(0, values.numel() - 1, KEPT, dtype=torch.float64).long()]
+            seen[site] = EmpiricalDistribution(values)
+        return output
+
+    model.eval()
+    with activations.replaced(model, note):
+        model(batch)
+    return seen
+
+
+def activation_steps(
+    observed: Mapping[str, EmpiricalDistribution], bits: int, method: str = "mse"
+) -> dict[str, Tensor]:
+    """The step of every observed site on the `UNSIGNED` grid, chosen by `method` (see `steps.best_step`).
+
+    Raises `KureError` naming the site if its activations are zero for all images: it cannot be calibrated.
+    """
+    chosen = {}
+    for site, seen in observed.items():
+        try:
+            chosen[site] = best_step(seen, bits, UNSIGNED, method)
+        except KureError as error:
+            raise KureError(f"The activations at '{site}' cannot be calibrated: {error}") from None
+    return chosen
+
+
+@contextmanager
+def reestimated_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
+    """The model with the statistics of its batch norms taken anew from batches of images; restored afterwards.
+
+    What a quantized layer puts out has another mean and variance than the batch norm after it was trained for.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        with torch.no_grad(), device.autocast():
+            for batch in batches:
+                model(batch)
+        model.eval()
+        yield model
+    finally:
+        for norm, (momentum, buffers) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            for name, value in norm.named_buffers():
+                value.copy_(buffers[name])
+        model.eval()

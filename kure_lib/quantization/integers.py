@@ -1,0 +1,123 @@
+"""An integer master: the quantized layers kept as 8-bit codes, from which any lower precision is made on the device.
+
+The full-precision weights are not part of it. The codes are two's complement: the grid is `SIGNED_INT`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kure_lib.paths import KureError
+from kure_lib.quantization.view import quantized_layers, restored, weight_steps
+from kure_lib.tensors.quantizers import SIGNED_INT
+from kure_lib.tensors.steps import best_step
+
+BITS = 8  # of the master
+WORD = 4  # bytes of a number in float32
+
+#: How a master loses bits. `step`: a new step of least squared error for its values, and rounding to it. The others
+#: drop low bits, so that the step doubles with each: `even` rounds to the nearest, ties to even; `half_up` adds half a
+#: step and truncates, the rounding shift of hardware; `truncate` only truncates, which takes almost half a step off
+#: every weight; `middle` does so too, and puts it back by reading a code as the middle of the codes it stands for.
+METHODS = ("step", "even", "half_up", "truncate", "middle")
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A tensor of weights as integers: value = (code + offset) · step.
+
+    `codes` is int8 of the weights' shape; `step` is a float32 number, or [C, 1, …, 1] with one a channel.
+    """
+
+    codes: Tensor
+    step: Tensor
+    bits: int
+    offset: float = 0.0
+
+    @property
+    def values(self) -> Tensor:
+        return (self.codes + self.offset) * self.step
+
+    @property
+    def bytes(self) -> int:
+        """What it takes to keep the codes, packed at `bits` each, and the steps."""
+        return math.ceil(self.codes.numel() * self.bits / 8) + WORD * self.step.numel()
+
+    def to(self, bits: int, method: str = "step") -> "Integers":
+        """The same weights in fewer bits, made from the codes alone by one of `METHODS`.
+
+        Raises `KureError` for an unknown method, and for more bits than there are.
+
+        >>> master = Integers(torch.tensor([-128, -1, 8, 127], dtype=torch.int8), torch.tensor(0.5), 8)
+        >>> [master.to(4, method).codes.tolist() for method in ("even", "half_up", "truncate")]
+        [[-8, 0, 0, 7], [-8, 0, 1, 7], [-8, -1, 0, 7]]
+        """
+        if method not in METHODS:
+            raise KureError(f"Unknown method '{method}' to drop bits: choose one of {', '.join(METHODS)}.")
+        if not 1 <= bits <= self.bits:
+            raise KureError(f"Cannot make {bits} bits of {self.bits}: give a whole number from 1 to {self.bits}.")
+        if bits == self.bits:
+            return self
+        if method == "step":
+            per_channel = self.step.dim() > 0
+            return integers(self.values, bits, best_step(self.values, bits, SIGNED_INT, per_channel=per_channel))
+        merged = 2 ** (self.bits - bits)  # codes that become one
+        if method == "even":
+            codes = (self.codes / merged).round()
+        else:
+            codes = ((self.codes.short() + (merged // 2 if method == "half_up" else 0)) / merged).floor()
+        codes = codes.clamp(max=SIGNED_INT.highest(bits)).to(torch.int8)
+        return Integers(codes, self.step * merged, bits, (merged - 1) / (2 * merged) if method == "middle" else 0.0)
+
+
+def integers(weight: Tensor, bits: int, step: Tensor) -> Integers:
+    """The nearest codes of a tensor for a step, at most 8 bits each."""
+    codes = (weight.detach() / step).round().clamp(SIGNED_INT.lowest(bits), SIGNED_INT.highest(bits))
+    return Integers(codes.to(torch.int8), step, bits)
+
+
+def of(model: nn.Module, per_channel: bool = False) -> dict[str, Integers]:
+    """Every quantized layer of a network as 8-bit integers, with steps of least squared error.
+
+    Raises `KureError` naming the layer if its weights cannot be quantized.
+    """
+    layers = quantized_layers(model)
+    steps = weight_steps(layers, BITS, SIGNED_INT, per_channel=per_channel)
+    return {name: integers(layer.weight, BITS, steps[name].to(layer.weight.device)) for name, layer in layers.items()}
+
+
+def kept_bytes(model: nn.Module, stored: Mapping[str, Integers] | None = None) -> int:
+    """Bytes of a network: its layers in `stored` as integers, every other parameter and statistic in float32."""
+    stored = stored or {}
+    floats = [value for value in model.state_dict().values() if value.is_floating_point()]
+    replaced = sum(each.codes.numel() for each in stored.values())
+    return WORD * (sum(value.numel() for value in floats) - replaced) + sum(each.bytes for each in stored.values())
+
+
+class _Values(nn.Module):
+    """The parametrization that computes a layer's weights from integers, whatever the layer holds itself."""
+
+    def __init__(self, stored: Integers):
+        super().__init__()
+        self.values = stored.values
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.values
+
+
+@contextmanager
+def served(model: nn.Module, stored: Mapping[str, Integers]) -> Iterator[nn.Module]:
+    """The model computing with integer weights in place of its own; nothing is written into it.
+
+    Raises `KureError` if one of the layers is quantized already.
+    """
+    layers = quantized_layers(model)
+    with restored({name: layers[name] for name in stored}):
+        for name, each in stored.items():
+            parametrize.register_parametrization(layers[name], "weight", _Values(each))
+        yield model

@@ -1,0 +1,142 @@
+"""Loss-aware steps (LAPQ, Nahshan et al. 2019): all steps of a network at once, by its loss on calibration images.
+
+The authors' code picks the norm p it starts from by validation accuracy, that is with test images. Here every
+choice is made on the calibration loss.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from kure_lib.networks import device
+from kure_lib.networks.layers import quantized_layers
+from kure_lib.paths import KureError
+from kure_lib.quantization import calibration
+from kure_lib.quantization import view as ptq
+from kure_lib.tensors.quantizers import MID_RISE, Grid
+
+NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)  # p of the starts
+EVALUATIONS = 400  # of the loss, in all, that Powell's method may use
+REACH = 1.0  # octaves by which it may move a step in either direction
+KEPT = 2**24  # values of a block's output that are worth their memory
+
+
+def loss_aware_steps(
+    model: nn.Module, images: Tensor, labels: Tensor, weight_bits: int | None, activation_bits: int | None,
+    grid: Grid = MID_RISE, evaluations: int = EVALUATIONS,
+) -> dict[str, Tensor]:  # fmt: skip
+    """A step for every quantized layer and, with `activation_bits`, for every quantized site: name → scalar tensor.
+
+    Three stages, all on the cross-entropy of `images` [N, C, H, W] and `labels` [N]: per layer the step of least
+    p-norm of the error for several p; a parabola through the losses of these starts, whose lowest point gives
+    another p; Powell's method from the best of them over all steps together, at most `evaluations` times the
+    loss. Raises `KureError` as `ptq.quantized` does, and if neither weights nor activations are quantized.
+    """
+    if not (weight_bits or activation_bits):
+        raise KureError("LAPQ needs something to quantize: give weight bits, activation bits or both.")
+    if not len(images):
+        raise KureError("The calibration set is empty: give at least one image.")
+    layers = quantized_layers(model) if weight_bits else {}
+    observed = calibration.observe(model, images) if activation_bits else {}
+
+    def start(p: float) -> dict[str, Tensor]:
+        weights = ptq.weight_steps(layers, weight_bits, grid, f"lp:{p}")
+        return weights | calibration.activation_steps(observed, activation_bits, f"lp:{p}")
+
+    steps, placed = start(NORMS[0]), {}
+    options = {"activation_bits": activation_bits, "images": images, "steps": steps}
+    with ptq.quantized(model, weight_bits, grid=grid, **options), _remembering(model, steps), \
+            tqdm(total=len(NORMS) + 1 + evaluations, desc="LAPQ", unit="loss", disable=None, leave=False) as bar:
+
+        def loss_at(values: dict[str, float]) -> float:
+            for name, value in values.items():
+                if placed.get(name) != value:  # what is not written to is not computed anew
+                    placed[name] = value
+                    steps[name].fill_(value)
+            with torch.no_grad(), device.autocast():
+                loss = cross_entropy(model(images).float(), labels).item()
+            bar.update()
+            return loss if np.isfinite(loss) else np.inf
+
+        tried = {p: (loss_at(found := _numbers(start(p))), found) for p in NORMS}
+        best_p = lowest_point(np.array(NORMS), np.array([loss for loss, _ in tried.values()]))
+        tried[best_p] = (loss_at(found := _numbers(start(best_p))), found)
+        best_loss, best = min(tried.values(), key=lambda pair: pair[0])
+
+        def moved(octaves: np.ndarray) -> float:
+            nonlocal best_loss, best_octaves
+            loss = loss_at({name: value * 2**o for (name, value), o in zip(best.items(), octaves, strict=True)})
+            if loss < best_loss:
+                best_loss, best_octaves = loss, octaves.copy()
+            return loss
+
+        best_octaves = np.zeros(len(best))
+        minimize(
+            moved, best_octaves, method="Powell", bounds=[(-REACH, REACH)] * len(best),
+            options={"maxfev": evaluations, "xtol": 0.05, "ftol": 1e-4},
+        )  # fmt: skip
+    return {name: torch.tensor(value * 2**o, dtype=torch.float32)
+            for (name, value), o in zip(best.items(), best_octaves, strict=True)}  # fmt: skip
+
+
+def lowest_point(p: np.ndarray, losses: np.ndarray) -> float:
+    """The lowest point, within the range of `p`, of the parabola that fits the losses best.
+
+    >>> round(lowest_point(np.array([2.0, 3.0, 4.0]), np.array([1.25, 0.25, 1.25])), 6)
+    3.0
+    """
+    second, first, _ = np.polyfit(p, losses, 2)
+    if second <= 0:  # no valley: the best that was tried
+        return float(p[losses.argmin()])
+    return float(np.clip(-first / (2 * second), p.min(), p.max()))
+
+
+@contextmanager
+def _remembering(model: nn.Module, steps: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts, a residual block is computed anew only if its input or one of its steps has changed.
+
+    A search that moves one step at a time need not repeat what comes before it: about half of the work.
+    """
+    blocks = dict(_blocks(model))
+    for name, block in blocks.items():
+        own = [step for place, step in steps.items() if place.startswith(f"{name}.")]
+        block.forward = _remembered(block.forward, own)
+    try:
+        yield
+    finally:
+        for block in blocks.values():
+            del block.forward  # the class's own is found again
+
+
+def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What a network is a chain of, apart from single layers: the parts of its `nn.Sequential`s that have parts."""
+    for name, part in module.named_children():
+        if isinstance(part, nn.Sequential):
+            yield from _blocks(part, f"{prefix}{name}.")
+        elif any(part.children()):
+            yield prefix + name, part
+
+
+def _remembered(forward, steps: list[Tensor]):
+    seen = kept = None
+
+    def recall(x: Tensor) -> Tensor:
+        nonlocal seen, kept
+        moved = [step._version for step in steps]
+        if seen and seen[1:] == (moved, kept._version) and torch.equal(x, seen[0]):
+            return kept
+        kept = forward(x)
+        seen = (x, moved, kept._version) if kept.numel() <= KEPT else None
+        return kept
+
+    return recall
+
+
+def _numbers(steps: dict[str, Tensor]) -> dict[str, float]:
+    return {name: step.item() for name, step in steps.items()}

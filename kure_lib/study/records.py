@@ -1,0 +1,159 @@
+"""Records on disk: a JSON file for each finished run, its weights beside it, a lock that keeps two processes apart."""
+
+import hashlib
+import json
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+from torch import nn
+
+from kure_lib.networks import data, device, models
+from kure_lib.networks.evaluation import Evaluation
+from kure_lib.paths import KureError, results, write_atomically
+from kure_lib.quantization import view as ptq
+from kure_lib.training.configs import Frozen, RunConfig
+
+
+class LayerSummary(Frozen):
+    """One layer after training; the histogram counts its weights in equal bins from `low` to `high`."""
+
+    name: str
+    shape: tuple[int, ...]
+    regularized: bool
+    quantized: bool
+    kurtosis: float
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+class Record(Frozen):
+    """A finished run; `steps` are those that LSQ learned, by layer and activation site."""
+
+    key: str
+    config: RunConfig
+    curves: dict[str, list[float]]
+    layer_kurtosis: dict[str, list[float]]
+    layers: list[LayerSummary]
+    steps: dict[str, float] = {}
+    weights_sha256: str
+    provenance: dict[str, Any]
+    evaluations: dict[str, Evaluation] = {}
+
+    @property
+    def mean_kurtosis(self) -> float:
+        """The mean over the regularized layers, as in L_K."""
+        return float(np.mean([layer.kurtosis for layer in self.layers if layer.regularized]))
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.curves.get("seconds", []))
+
+    @cached_property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained parameters and buffers; `KureError` if their file is missing or damaged."""
+        path = weights_path(self.config)
+        if not path.is_file():
+            raise KureError(f"The weights {path} are missing: restore them, or delete the record of the same "
+                            "name to train the run again.")  # fmt: skip
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.weights_sha256:
+            raise KureError(f"The weights {path} are damaged (their SHA-256 is not the record's): restore them, "
+                            "or delete the record of the same name to train the run again.")  # fmt: skip
+        return safetensors.torch.load(content)
+
+    def network(self, folded: bool = False) -> nn.Module:
+        """The trained network in evaluation mode, with `folded` batch norms if asked; the same object every time."""
+        return _network(self, folded)
+
+    def __eq__(self, other: object) -> bool:  # field by field would compare weights that were read
+        return isinstance(other, Record) and (self.key, self.weights_sha256) == (other.key, other.weights_sha256)
+
+    def __hash__(self) -> int:
+        return hash(self.weights_sha256)
+
+
+@lru_cache(maxsize=8)
+def _network(record: Record, folded: bool) -> nn.Module:
+    if folded:
+        return ptq.folded(record.network())
+    train = data.load(record.config.data, "train")
+    model = models.build(record.config.model, train.channels, train.classes)
+    model.load_state_dict(record.weights)
+    return model.to(device.device()).eval()
+
+
+def find(config: RunConfig) -> Record | None:
+    """The record of a configuration, or None; `KureError` names the file if it is damaged."""
+    path = record_path(config)
+    try:
+        record = Record.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValidationError, ValueError) as error:
+        raise KureError(f"The record {path} is damaged ({_first_line(error)}): restore it, or delete it to train "
+                        "the run again.") from error  # fmt: skip
+    if record.config != config or record.key != config.key:
+        raise KureError(f"The record {path} is not the one its name says: restore it, or delete it to train the "
+                        "run again.")  # fmt: skip
+    return record
+
+
+def forget(config: RunConfig) -> None:
+    """Delete the record, the weights and the checkpoint of a run."""
+    for path in (record_path(config), weights_path(config), checkpoint_path(config)):
+        path.unlink(missing_ok=True)
+
+
+def _name(config: RunConfig) -> str:
+    return f"{config.label}-{config.key}"
+
+
+def record_path(config: RunConfig) -> Path:
+    return results() / "records" / f"{_name(config)}.json"
+
+
+def weights_path(config: RunConfig) -> Path:
+    return results() / "weights" / f"{_name(config)}.safetensors"
+
+
+def checkpoint_path(config: RunConfig) -> Path:
+    return results() / "checkpoints" / f"{_name(config)}.pt"
+
+
+def write(record: Record) -> None:
+    """One field a line, evaluations and layers one item a line."""
+    lines = []
+    for name, value in record.model_dump(mode="json").items():
+        if name == "evaluations":
+            items = (f"  {json.dumps(key)}: {json.dumps(item)}" for key, item in sorted(value.items()))
+            text = "{\n" + ",\n".join(items) + "\n}"
+        elif name == "layers":
+            text = "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n]"
+        else:
+            text = json.dumps(value)
+        lines.append(f"{json.dumps(name)}: {text}")
+    write_atomically(record_path(record.config), "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+@contextmanager
+def locked(config: RunConfig, wait: float = 0):
+    path = results() / "checkpoints" / f"{_name(config)}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=wait):
+            yield
+    except Timeout:
+        raise KureError(f"Another process is working on {config.label} (it holds {path}): wait until it is done, "
+                        "or stop it.") from None  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

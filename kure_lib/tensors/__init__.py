@@ -1,0 +1,1 @@
+"""One tensor, no network: kurtosis, grids, quantizers, steps and the theory of distortion."""

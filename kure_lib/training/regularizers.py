@@ -1,0 +1,123 @@
+"""KURE: a penalty that drives the kurtosis of every regularized weight tensor to a target (paper, Eq. 15).
+
+And the same penalty on activations, which the paper does not have, for comparison.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from kure_lib.networks import activations
+from kure_lib.networks.layers import latent_weight, regularized_layers
+from kure_lib.paths import KureError
+from kure_lib.tensors.kurtosis import kurtoses, kurtosis
+
+REDUCTIONS = {"mean": torch.mean, "sum": torch.sum, "max": torch.max}
+
+
+class KurtosisRegularizer:
+    """λ · L_K with L_K = (1/L) Σᵢ (Kurt[Wᵢ] − K_T)² over L weight tensors (paper, Eq. 15).
+
+    `target` is K_T, `coefficient` is λ. `reduction` over layers: `mean` (the paper), `sum` or `max`.
+    `per_channel` takes the kurtosis of each output channel and averages its squared distances within the
+    layer. `layers` names the layers to regularize; the default is every convolution but the first.
+    Calling it returns the term as a scalar tensor with gradients. Raises `KureError` for an unknown
+    layer or reduction, and for a layer whose weights all have one value.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3))
+    >>> KurtosisRegularizer(model).layers
+    {'1': (8, 8, 3, 3)}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float = 1.8,
+        coefficient: float = 1.0,
+        reduction: str = "mean",
+        per_channel: bool = False,
+        layers: Iterable[str] | None = None,
+    ):
+        if reduction not in REDUCTIONS:
+            raise KureError(f"Unknown reduction '{reduction}': choose one of {', '.join(REDUCTIONS)}.")
+        chosen = regularized_layers(model) if layers is None else _layers_named(model, layers)
+        if not chosen:
+            raise KureError("There is no layer to regularize: the model needs at least two convolutions.")
+        self.target, self.coefficient = target, coefficient
+        self.reduction, self.per_channel = reduction, per_channel
+        self._layers = chosen
+
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Names and weight shapes of the regularized layers."""
+        return {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
+
+    def __call__(self) -> Tensor:
+        distances = self._distances_per_channel() if self.per_channel else self._distances()
+        return self.coefficient * REDUCTIONS[self.reduction](distances)
+
+    def _distances(self) -> Tensor:
+        values = kurtoses([latent_weight(layer) for layer in self._layers.values()])
+        if not torch.isfinite(values).all():
+            for name in self._layers:
+                self._kurtosis(name)  # raises for the layer to blame
+        return (values - self.target).square()
+
+    def _distances_per_channel(self) -> Tensor:
+        return torch.stack([(self._kurtosis(name) - self.target).square().mean() for name in self._layers])
+
+    def _kurtosis(self, name: str) -> Tensor:
+        try:
+            return kurtosis(latent_weight(self._layers[name]), per_channel=self.per_channel)
+        except KureError as error:
+            raise KureError(f"Layer '{name}' cannot be regularized: {error}") from None
+
+
+def _layers_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    weighted = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    names = list(names)
+    for name in names:
+        if name not in weighted:
+            raise KureError(f"The model has no layer '{name}' with weights: choose from {', '.join(weighted)}.")
+    return {name: weighted[name] for name in names}
+
+
+class ActivationKurtosisRegularizer:
+    """λ · (1/S) Σₛ (Kurt[Aₛ] − K_T)² over the S activations that are quantized, for the images of one training step.
+
+    Within `watching()` every forward pass that is differentiated leaves its terms; calling the regularizer
+    then returns their mean times λ, a scalar tensor with gradients, once. `images` [N, C, H, W] are run
+    through the model to find the activations.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, target: float = 1.8, coefficient: float = 1.0):
+        self.target, self.coefficient = target, coefficient
+        self._model, self._sites = model, set(activations.quantized_sites(model, images))
+        self._terms: list[Tensor] = []
+
+    def watching(self) -> AbstractContextManager[nn.Module]:
+        return activations.replaced(self._model, self._note)
+
+    def __call__(self) -> Tensor:
+        terms, self._terms = self._terms, []
+        return self.coefficient * torch.stack(terms).mean()
+
+    def _note(self, site: str, output: Tensor) -> Tensor:
+        if site in self._sites and torch.is_grad_enabled():
+            self._terms.append((rectified_kurtosis(output) - self.target).square())
+        return output
+
+
+def rectified_kurtosis(x: Tensor) -> Tensor:
+    """Kurtosis of what a ReLU lets through, E[x⁴]/E[x²]² over x > 0: a scalar tensor with gradients.
+
+    The positive values are taken for one half of a distribution that is symmetric about zero, so uniform ones
+    have 1.8 and those of a normal distribution 3, as among weights. Zeros do not count: they cost no error.
+
+    >>> round(rectified_kurtosis(torch.linspace(-1, 1, 1001).relu()).item(), 2)
+    1.8
+    """
+    squares = x.float().square()
+    return (x > 0).sum() * squares.square().sum() / squares.sum().square()

@@ -1,0 +1,136 @@
+"""An exported network says what ours says, in a file that others accept."""
+
+import onnx
+import pytest
+import torch
+from torch import nn
+from torchvision import models as torchvision_models
+
+from kure_lib.networks import models
+from kure_lib.paths import KureError
+from kure_lib.quantization import calibration, export
+from kure_lib.quantization import integers as master
+from kure_lib.quantization.view import quantized
+
+SHAPE = {"tiny": (1, 10, 10), "resnet18": (3, 32, 32)}
+
+
+@pytest.fixture(params=["tiny", "resnet20", "mobilenet_v2_050"])
+def network(request, tiny_model):
+    """A network with batch norms that do something, one scale of them negative, and images for it."""
+    torch.manual_seed(0)
+    name = request.param
+    shape = SHAPE.get(name, (1, 28, 28))
+    if name == "tiny":
+        return tiny_model, torch.randn(64, *shape)
+    model = torchvision_models.resnet18(num_classes=10) if name == "resnet18" else models.build(name, 1, 10)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 2)
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.1)
+        norms[3].weight[0] = -0.7
+    return model.eval(), torch.randn(64, *shape)
+
+
+def run(onnx_model: onnx.ModelProto, images: torch.Tensor, tmp_path, fused: bool = False) -> torch.Tensor:
+    onnx.checker.check_model(onnx_model, full_check=True)
+    export.save(onnx_model, tmp_path / "network.onnx")
+    return export.scores(export.session(tmp_path / "network.onnx", fused), images)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", ["tiny", "resnet20", "mobilenet_v2_050", "resnet18"], indirect=True)
+@pytest.mark.parametrize("fused", [False, True])
+def test_in_float32_the_scores_are_ours(network, tmp_path, fused):
+    model, images = network
+    expected = model(images)
+    made = run(export.to_onnx(model, images.shape[1:]), images, tmp_path, fused)
+    assert torch.allclose(made, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("per_channel", "bits"), [(False, 8), (True, 8), (False, 4)])
+def test_with_integer_weights_and_activations_the_scores_are_ours(network, tmp_path, per_channel, bits):
+    model, images = network
+    stored = {name: each.to(bits, "even") for name, each in master.of(model, per_channel).items()}
+    steps = calibration.activation_steps(calibration.observe(model, images), 8)
+    with master.served(model, stored), quantized(model, None, activation_bits=8, images=images, steps=steps):
+        expected = model(images)
+    full = model(images)
+    made = run(export.to_onnx(model, images.shape[1:], stored, steps), images, tmp_path)
+    # sums in another order move a few activations across the border between two codes
+    assert (made - expected).abs().mean() < 0.1 * (full - expected).abs().mean() + 1e-5
+    assert (made.argmax(1) == expected.argmax(1)).double().mean() >= 0.98
+
+
+def test_batch_norms_are_folded_unless_a_scale_is_not_positive():
+    torch.manual_seed(0)
+    model = models.build("resnet20", 1, 10).eval()
+    stored = master.of(model)
+    nodes = export.to_onnx(model, (1, 28, 28), stored).graph.node
+    assert not [node for node in nodes if node.op_type == "BatchNormalization"]
+    model.layer1[0].bn1.weight.data[2] = 0
+    model.layer1[0].bn2.weight.data[0] = -1
+    nodes = export.to_onnx(model, (1, 28, 28), stored).graph.node
+    assert [n.name for n in nodes if n.op_type == "BatchNormalization"] == ["layer1.0.bn1", "layer1.0.bn2"]
+
+
+def test_the_activations_that_are_quantized_are_those_of_ours(network):
+    model, images = network
+    steps = calibration.activation_steps(calibration.observe(model, images), 8)
+    graph = export.to_onnx(model, images.shape[1:], activation_steps=steps).graph
+    assert [node.name.removesuffix(".codes") for node in graph.node if node.op_type == "QuantizeLinear"] == list(steps)
+    zeros = {tensor.name: tensor.data_type for tensor in graph.initializer if tensor.name.endswith(".zero")}
+    assert zeros == {f"{site}.zero": onnx.TensorProto.UINT8 for site in steps}
+
+
+def test_files_are_as_small_as_their_integers(tmp_path):
+    torch.manual_seed(0)
+    model = models.build("resnet20", 1, 10).eval()
+    stored = master.of(model)
+    files = {"float": None, 8: stored, 4: {name: each.to(4) for name, each in stored.items()}}
+    size = {k: export.save(export.to_onnx(model, (1, 28, 28), v), tmp_path / f"{k}.onnx") for k, v in files.items()}
+    assert size[8] == (tmp_path / "8.onnx").stat().st_size
+    codes = sum(each.codes.numel() for each in stored.values())
+    assert size["float"] - size[8] == pytest.approx(3 * codes, rel=0.02)
+    assert size[8] - size[4] == pytest.approx(codes / 2, rel=0.02)
+
+
+def test_levels_between_the_integers_cannot_be_written(tiny_model):
+    stored = {name: each.to(4, "middle") for name, each in master.of(tiny_model).items()}
+    with pytest.raises(KureError, match=r"levels of '2' lie 0\.46875 steps off the whole numbers"):
+        export.to_onnx(tiny_model, (1, 10, 10), stored)
+
+
+@pytest.mark.parametrize("layer", [nn.GELU(), nn.MaxPool2d(2, ceil_mode=True), nn.AdaptiveAvgPool2d(2)])
+def test_an_unknown_layer_is_named(layer):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), layer)
+    with pytest.raises(KureError, match=f"'1' \\({type(layer).__name__}\\) cannot be written as ONNX"):
+        export.to_onnx(model.eval(), (1, 8, 8))
+
+
+def test_an_unknown_operation_is_named():
+    class Sine(nn.Module):
+        def forward(self, x):
+            return torch.sin(x)
+
+    with pytest.raises(KureError, match=r"'sin'.*cannot be written as ONNX"):
+        export.to_onnx(Sine(), (1, 8, 8))
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, tiny_model):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(KureError, match=r"Cannot write .*network\.onnx"):
+        export.save(export.to_onnx(tiny_model, (1, 10, 10)), tmp_path / "file" / "network.onnx")
+
+
+@pytest.mark.parametrize("content", [None, b"not a network"])
+def test_a_missing_or_damaged_file_is_named(tmp_path, content):
+    file = tmp_path / "network.onnx"
+    if content:
+        file.write_bytes(content)
+    with pytest.raises(KureError, match=r"cannot load .*network\.onnx"):
+        export.session(file)

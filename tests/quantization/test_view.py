@@ -1,0 +1,219 @@
+"""A quantized model is a view: right inside the block, gone without a trace after it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import same_weights
+from torch import nn
+from torchvision import models as torchvision_models
+
+from kure_lib.networks import models
+from kure_lib.paths import ROOT, KureError
+from kure_lib.quantization.view import QuantizationSpec, quantized, quantized_layers
+from kure_lib.tensors.formats import FP4_E2M1, NF4
+from kure_lib.tensors.quantizers import MID_RISE, MID_TREAD, SIGNED_INT, quantize
+from kure_lib.tensors.steps import best_step
+
+RECORDS = sorted((ROOT / "results" / "study" / "records").glob("*.json"))
+
+
+class Snapshot:
+    """All there is to see of a model from outside, to be compared later."""
+
+    def __init__(self, model):
+        self.state = copy.deepcopy(model.state_dict())
+        self.parameters = [(name, id(p)) for name, p in model.named_parameters()]
+        self.types = [type(m) for m in model.modules()]
+        self.own = [sorted(vars(m)) for m in model.modules()]
+
+    def is_of(self, model):
+        return (
+            same_weights(self.state, model.state_dict())
+            and list(self.state) == list(model.state_dict())
+            and self.parameters == [(name, id(p)) for name, p in model.named_parameters()]
+            and self.types == [type(m) for m in model.modules()]
+            and self.own == [sorted(vars(m)) for m in model.modules()]
+        )
+
+
+@pytest.fixture(params=["tiny", "resnet20", "mobilenet_v2_050"])
+def model(request, tiny_model):
+    torch.manual_seed(0)
+    return tiny_model if request.param == "tiny" else models.build(request.param, 1, 10).eval()
+
+
+@pytest.mark.parametrize(("architecture", "count"), [("resnet18", 19), ("mobilenet_v2", 51), ("resnet50", 52)])
+def test_all_convolutions_and_linear_layers_but_the_first_and_the_last_are_quantized(architecture, count):
+    with torch.device("meta"):
+        net = torchvision_models.get_model(architecture, weights=None)
+    weighted = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert list(quantized_layers(net)) == weighted[1:-1]
+    assert len(quantized_layers(net)) == count
+
+
+@pytest.mark.parametrize("grid", [MID_RISE, MID_TREAD, SIGNED_INT], ids=lambda grid: grid.name)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_inside_the_weights_are_quantized_and_the_ends_are_not(tiny_model, grid, per_channel):
+    before = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
+    with quantized(tiny_model, 3, grid=grid, per_channel=per_channel, step_ratio=1.25) as view:
+        assert view is tiny_model
+        for name in ("2", "4", "5"):
+            weight = before[f"{name}.weight"]
+            step = best_step(weight, 3, grid, per_channel=per_channel) * 1.25
+            assert torch.equal(view.get_submodule(name).weight, quantize(weight, step, 3, grid))
+        for name in ("0", "7"):
+            assert torch.equal(view.get_submodule(name).weight, before[f"{name}.weight"])
+        assert torch.equal(view[2].bias, before["2.bias"])
+
+
+def test_the_method_chooses_the_step(tiny_model):
+    weight = tiny_model[4].weight.detach().clone()
+    with quantized(tiny_model, 4, method="max_abs"):
+        assert torch.equal(tiny_model[4].weight, quantize(weight, best_step(weight, 4, method="max_abs"), 4))
+
+
+def test_the_network_computes_with_the_quantized_weights(tiny_model):
+    image = torch.randn(3, 1, 10, 10)
+    twin = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        for name in ("2", "4", "5"):
+            weight = twin.get_submodule(name).weight
+            weight.copy_(quantize(weight, best_step(weight, 2), 2))
+    with quantized(tiny_model, 2):
+        assert torch.equal(tiny_model(image), twin(image))
+    assert not torch.equal(tiny_model(image), twin(image))
+
+
+def test_afterwards_the_model_is_what_it_was(model):
+    snapshot = Snapshot(model)
+    with quantized(model, 4):
+        assert not snapshot.is_of(model)
+    assert snapshot.is_of(model)
+
+
+def test_also_when_an_exception_leaves_the_block(model):
+    snapshot = Snapshot(model)
+    with pytest.raises(ZeroDivisionError), quantized(model, 4):
+        1 / 0  # noqa: B018
+    assert snapshot.is_of(model)
+
+
+def test_only_named_layers_are_quantized(tiny_model):
+    before = tiny_model[2].weight.detach().clone(), tiny_model[4].weight.detach().clone()
+    with quantized(tiny_model, 2, layers=["4"]):
+        assert torch.equal(tiny_model[2].weight, before[0])
+        assert tiny_model[4].weight.unique().numel() <= 4 < before[1].unique().numel()
+
+
+def test_no_bits_is_the_model_itself(tiny_model):
+    snapshot = Snapshot(tiny_model)
+    with quantized(tiny_model, None) as view:
+        assert view is tiny_model and snapshot.is_of(view)
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (0.0, "zero everywhere")])
+def test_weights_that_cannot_be_quantized_name_the_layer_and_leave_the_others(tiny_model, value, said):
+    with torch.no_grad():
+        tiny_model[4].weight.fill_(value)
+    parameters = list(map(id, tiny_model.parameters()))
+    names = list(tiny_model.state_dict())
+    with pytest.raises(KureError, match=rf"Layer '4' cannot be quantized: .*{said}"), quantized(tiny_model, 4):
+        pass
+    assert list(map(id, tiny_model.parameters())) == parameters and list(tiny_model.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layers": ["9"]}, "'9' is not a layer.*2, 4, 5"), ({"layers": ["0"]}, "'0' is not a layer"),
+        ({"step_ratio": 0}, "above zero, not 0"), ({"step_ratio": float("nan")}, "above zero, not nan"),
+        ({"weight_bits": 0}, "0 bits"), ({"weight_bits": 17}, "17 bits"), ({"activation_bits": 0}, "0 bits"),
+        ({"activation_bits": 17}, "17 bits"), ({"method": "lapq"}, "'lapq'"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_errors_that_change_nothing(tiny_model, options, said):
+    snapshot = Snapshot(tiny_model)
+    with pytest.raises(KureError, match=said), quantized(tiny_model, **{"weight_bits": 4, **options}):
+        pass
+    assert snapshot.is_of(tiny_model)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_step_that_is_to_be_a_power_of_two_is_one(tiny_model, power_of_two, per_channel):
+    with quantized(tiny_model, 3, step_ratio=1.1, per_channel=per_channel, power_of_two=power_of_two):
+        (used,) = tiny_model[4].parametrizations.weight
+        exponents = torch.log2(used.step)
+        assert used.step.shape == ((8, 1, 1, 1) if per_channel else ())
+    assert torch.equal(exponents, exponents.round()) == power_of_two
+
+
+def test_blocks_with_other_layers_may_be_nested(tiny_model):
+    snapshot = Snapshot(tiny_model)
+    with quantized(tiny_model, 4, layers=["2"]):
+        with quantized(tiny_model, 2, layers=["4"]):
+            assert tiny_model[2].weight.unique().numel() > 4 >= tiny_model[4].weight.unique().numel()
+        assert tiny_model[4].weight.unique().numel() > 16 >= tiny_model[2].weight.unique().numel()
+    assert snapshot.is_of(tiny_model)
+
+
+def test_a_layer_is_not_quantized_twice(tiny_model):
+    snapshot = Snapshot(tiny_model)
+    with quantized(tiny_model, 4):
+        inside = tiny_model[5].weight.detach().clone()
+        with pytest.raises(KureError, match="Layer '2' is quantized already"), quantized(tiny_model, 2):
+            pass
+        assert torch.equal(tiny_model[5].weight, inside)
+    assert snapshot.is_of(tiny_model)
+
+
+def test_gradients_reach_the_weights_through_the_view(tiny_model):
+    with quantized(tiny_model, 4):
+        tiny_model(torch.randn(2, 1, 10, 10)).square().sum().backward()
+    assert tiny_model[4].weight.grad.abs().sum() > 0
+
+
+def test_under_inference_mode_the_view_computes_the_same(tiny_model):
+    images = torch.randn(4, 1, 10, 10)
+    with torch.no_grad(), quantized(tiny_model, 3) as view:
+        expected = view(images)
+    with torch.inference_mode(), quantized(tiny_model, 3) as view:
+        assert torch.equal(view(images), expected)
+
+
+FORMATS = pytest.mark.parametrize(
+    ("grid", "bits", "options"),
+    [
+        (FP4_E2M1, 4, {}),
+        (NF4, 4, {"per_channel": True}),
+        (FP4_E2M1, 4, {"method": "mx", "block": 32}),
+        (FP4_E2M1, 4, {"method": "nvfp4", "block": 16}),
+        (MID_RISE, 3, {"method": "max_abs", "block": 8}),
+    ],
+    ids=["tensor", "channel", "mx", "nvfp4", "integers by block"],
+)
+
+
+@FORMATS
+def test_number_formats_are_a_view_too(tiny_model, grid, bits, options):
+    before = Snapshot(tiny_model)
+    weights = {name: layer.weight.detach().clone() for name, layer in quantized_layers(tiny_model).items()}
+    with quantized(tiny_model, bits, grid=grid, **options) as view:
+        for name, weight in weights.items():
+            wanted = quantize(weight, best_step(weight, bits, grid, **options), bits, grid)
+            assert torch.equal(view.get_submodule(name).weight, wanted)
+    assert before.is_of(tiny_model)
+
+
+def test_a_format_with_other_bits_is_an_error_that_names_the_layer(tiny_model):
+    with pytest.raises(KureError, match=r"Layer '2'.*fp4_e2m1 has 4 bits"), quantized(tiny_model, 3, grid=FP4_E2M1):
+        pass
+
+
+def test_evaluations_on_record_are_still_found():
+    """The key of a specification is the name of its evaluation in every record: new fields must not change it."""
+    keys = {key for file in RECORDS for key in json.loads(file.read_text())["evaluations"]}
+    assert len(keys) > 10
+    assert [key for key in keys if QuantizationSpec(**json.loads(key)).key != key] == []

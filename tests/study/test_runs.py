@@ -1,0 +1,351 @@
+"""Records: written once, found again, damaged, missing, shared by two processes; and those of the study."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import same_weights
+from scipy.stats import kurtosis as scipy_kurtosis
+
+from kure_lib.networks import data, device, evaluation
+from kure_lib.networks.layers import quantized_layers
+from kure_lib.paths import ROOT, KureError
+from kure_lib.quantization import integers as master
+from kure_lib.quantization import view as ptq
+from kure_lib.study import records, runs
+from kure_lib.study.plans import plan
+from kure_lib.study.runs import QuantizationSpec, Record, RunConfig
+from kure_lib.training import loop as training
+
+pytestmark = pytest.mark.usefixtures("results_folder")
+FOUR = QuantizationSpec(weight_bits=4)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A trained run with two evaluations, as files; tests copy it."""
+    folder = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KURE_RESULTS", str(folder))
+        patch.setenv("KURE_PROFILE", "trial")
+        patch.delenv("KURE_CHECK", raising=False)
+        record = runs.get(RunConfig(model="resnet20", train_size=256, epochs=1, learning_rate=0.05, weight_decay=0))
+        runs.evaluate(record)
+        runs.evaluate(record, FOUR)
+    return folder / "trial"
+
+
+@pytest.fixture
+def config():
+    return RunConfig(model="resnet20", train_size=256, epochs=1, learning_rate=0.05, weight_decay=0)
+
+
+@pytest.fixture
+def files(kept, results_folder, config, monkeypatch):
+    """The kept run in a folder of the test's own, and training made impossible; returns record and weights files."""
+    for file in kept.rglob("*.*"):
+        if file.suffix in (".json", ".safetensors"):
+            target = results_folder / file.relative_to(kept)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+
+    def fit(*arguments, **options):
+        raise AssertionError("this must not train")
+
+    monkeypatch.setattr(training, "fit", fit)
+    name = f"{config.label}-{config.key}"
+    return results_folder / "records" / f"{name}.json", results_folder / "weights" / f"{name}.safetensors"
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# Found again
+
+
+def test_a_second_get_finds_the_record_and_does_not_train(files, config):
+    record = runs.get(config)
+    assert record.config == config and record.key == config.key
+    assert list(record.evaluations) == sorted({QuantizationSpec().key, FOUR.key})
+    assert record == runs.find(config) and hash(record) == hash(runs.find(config))
+
+
+def test_a_record_survives_being_written(files, config):
+    before = files[0].read_bytes()
+    records.write(runs.find(config))
+    assert files[0].read_bytes() == before
+    assert json.loads(before)["config"]["learning_rate"] == 0.05
+    assert not (files[0].parents[1] / "checkpoints" / f"{files[0].stem}.pt").exists()
+
+
+def test_the_network_is_the_trained_one_and_the_same_object(files, config):
+    record = runs.find(config)
+    network = record.network()
+    assert not network.training and record.network() is network
+    assert same_weights(network.state_dict(), {name: record.weights[name] for name in network.state_dict()})
+    other = runs.find(config)
+    assert len(other.weights) == len(record.weights)  # both have read their weights
+    assert other == record and other.network() is network
+
+
+def test_the_layers_are_summarized(files, config):
+    record = runs.find(config)
+    network = record.network()
+    assert sum(layer.regularized for layer in record.layers) == 20
+    assert {layer.name for layer in record.layers if layer.quantized} == set(quantized_layers(network))
+    for layer in record.layers:
+        weight = network.get_submodule(layer.name).weight.detach().numpy()
+        assert layer.shape == weight.shape
+        assert layer.kurtosis == pytest.approx(scipy_kurtosis(weight, axis=None, fisher=False), rel=1e-5)
+        assert (layer.low, layer.high) == (weight.min(), weight.max())
+        assert layer.counts == tuple(np.histogram(weight, 80, (layer.low, layer.high))[0])
+        assert sum(layer.counts) == weight.size
+    assert record.mean_kurtosis == pytest.approx(np.mean([layer.kurtosis for layer in record.layers]))
+    assert record.curves["kurtosis"][-1] == pytest.approx(record.mean_kurtosis, rel=1e-6)
+    assert record.seconds > 0
+    assert {"python", "torch", "device", "precision", "commit"} <= set(record.provenance)
+
+
+def test_a_run_is_trained_after_the_one_it_starts_from(tiny_kure, results_folder, monkeypatch):
+    configs, starts, fit = [], [], training.fit
+
+    def recorded(config, start, *more):
+        configs.append(config)
+        starts.append(start)
+        return fit(config.model_copy(update={"epochs": 0}), start, *more)
+
+    monkeypatch.setattr(training, "fit", recorded)
+    record = runs.get(tiny_kure)
+    assert configs == [tiny_kure.start, tiny_kure]
+    assert starts[0] is None and same_weights(starts[1], runs.find(tiny_kure.start).weights)
+    assert runs.get(tiny_kure) == record and len(configs) == 2
+    assert runs.find(tiny_kure).evaluations == {}
+    runs.forget(tiny_kure)
+    assert runs.find(tiny_kure) is None and runs.find(tiny_kure.start) is not None
+    assert not any(tiny_kure.key in name for name in everything(results_folder) if not name.endswith(".lock"))
+
+
+# Damaged and missing
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]", lambda text: "{}",
+        lambda text: text.replace('"curves"', '"curve"'), lambda text: text.replace('"resnet20"', '"resnet21"'),
+    ],
+    ids=["half", "empty", "list", "no fields", "misspelled field", "unknown model"],
+)  # fmt: skip
+def test_a_damaged_record_is_named(files, config, damage):
+    files[0].write_text(damage(files[0].read_text()))
+    for ask in (runs.find, runs.get):
+        with pytest.raises(KureError, match=rf"The record {files[0]} is damaged .*: restore it, or delete it") as error:
+            ask(config)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"learning_rate": 0.05', '"learning_rate": 0.06'), ('"key": "', '"key": "0')], ids=["rate", "key"]
+)
+def test_a_record_whose_configuration_was_edited_is_named(files, config, old, new):
+    text = files[0].read_text()
+    assert text.count(old) == 1
+    files[0].write_text(text.replace(old, new))
+    with pytest.raises(KureError, match=rf"The record {files[0]} is not the one its name says"):
+        runs.get(config)
+
+
+def test_damaged_or_missing_weights_are_named(files, config):
+    content = bytearray(files[1].read_bytes())
+    content[-1] ^= 1
+    files[1].write_bytes(content)
+    records._network.cache_clear()  # a network in memory would do without the file
+    with pytest.raises(KureError, match=rf"The weights {files[1]} are damaged"):
+        runs.get(config).network()
+    files[1].unlink()
+    with pytest.raises(KureError, match=rf"The weights {files[1]} are missing"):
+        runs.evaluate(runs.get(config), QuantizationSpec(weight_bits=5))
+
+
+# Evaluations
+
+
+def test_full_precision_is_the_accuracy_of_the_network(files, config):
+    record = runs.find(config)
+    split = data.load("fashion_mnist", "test").head(config.train_size)
+    record.evaluations.clear()
+    assert runs.evaluate(record).top1 == evaluation.accuracy(record.network(), split)
+    assert runs.evaluate(record).top1 == record.curves["test_top1"][-1]
+
+
+def test_an_evaluation_is_made_once_and_kept(files, config, monkeypatch):
+    record, spec = runs.find(config), QuantizationSpec(weight_bits=3, grid="signed_int", per_channel=True)
+    result = runs.evaluate(record, spec)
+    split = data.load("fashion_mnist", "test").head(config.train_size)
+    with ptq.quantized(record.network(), 3, grid=runs.grid_named("signed_int"), per_channel=True) as model:
+        assert evaluation.evaluate(model, split) == result
+    monkeypatch.setattr(evaluation, "evaluate", None)
+    assert runs.evaluate(record, spec) == result == runs.evaluate(runs.find(config), spec)
+
+
+def test_two_open_records_do_not_lose_each_others_evaluations(files, config):
+    one, other = runs.find(config), runs.find(config)
+    specs = [QuantizationSpec(weight_bits=bits) for bits in (2, 3)]
+    runs.evaluate(one, specs[0])
+    runs.evaluate(other, specs[1])
+    assert {specs[0].key, specs[1].key, FOUR.key} <= set(runs.find(config).evaluations)
+    assert one.evaluations is not other.evaluations
+
+
+def test_the_specifications_key_counts_what_is_not_a_default():
+    assert QuantizationSpec().key == "{}"
+    assert QuantizationSpec(weight_bits=4, step_ratio=1.0).key == FOUR.key == '{"weight_bits": 4}'
+    for wrong in ({"weight_bit": 4}, {"weight_bits": 0}, {"weight_bits": 17}, {"step_ratio": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            QuantizationSpec(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"grid": "fp8"}, {"method": "kl"}])
+def test_a_wrong_specification_is_an_error_and_writes_nothing(files, config, wrong, results_folder):
+    before = everything(results_folder)
+    with pytest.raises(KureError, match=next(iter(wrong.values()))):
+        runs.evaluate(runs.find(config), QuantizationSpec(weight_bits=4, **wrong))
+    assert everything(results_folder) == before
+
+
+@pytest.mark.parametrize("method", master.METHODS)
+def test_weights_made_from_an_8_bit_copy_are_evaluated(files, config, method):
+    record = runs.find(config)
+    network, split = record.network(), data.load("fashion_mnist", "test").head(256)
+    stored = {name: each.to(4, method) for name, each in master.of(network).items()}
+    with master.served(network, stored):
+        expected = evaluation.evaluate(network, split)
+    spec = QuantizationSpec(weight_bits=4, grid="signed_int", master=method)
+    assert runs.evaluate(record, spec) == expected
+    assert runs.evaluate(record) == evaluation.evaluate(network, split)  # and the network is what it was
+
+
+def test_an_8_bit_copy_with_new_batch_norms_is_another_network(files, config):
+    record = runs.find(config)
+    spec = {"weight_bits": 3, "grid": "signed_int", "master": "even", "per_channel": True}
+    renewed = runs.evaluate(record, QuantizationSpec(**spec, reestimate_batch_norm=True, calibration=64))
+    assert renewed.loss != runs.evaluate(record, QuantizationSpec(**spec)).loss
+    split = data.load("fashion_mnist", "test").head(256)
+    assert evaluation.evaluate(record.network(), split) == runs.evaluate(record)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"grid": "mid_rise"}, {"weight_bits": None}, {"step_ratio": 1.1}, {"activation_bits": 8}, {"method": "max_abs"}],
+)
+def test_an_8_bit_copy_refuses_other_options(files, config, wrong):
+    spec = QuantizationSpec(**({"weight_bits": 4, "grid": "signed_int", "master": "even"} | wrong))
+    with pytest.raises(KureError, match="made from an 8-bit copy"):
+        runs.evaluate(runs.find(config), spec)
+
+
+def test_weight_steps_are_chosen_once_for_every_ratio(files, config, monkeypatch):
+    record, asked, ratios = runs.find(config), [], (0.8, 1.3)
+    choose = ptq.weight_steps
+    counted = lambda layers, *args: asked.append(len(layers)) or choose(layers, *args)  # noqa: E731
+    monkeypatch.setattr(ptq, "weight_steps", counted)
+    runs._weight_steps.cache_clear()
+    results = [runs.evaluate(record, QuantizationSpec(weight_bits=3, step_ratio=ratio)) for ratio in ratios]
+    assert [count for count in asked if count] == [len(quantized_layers(record.network()))]
+    split = data.load("fashion_mnist", "test").head(config.train_size)
+    for ratio, result in zip(ratios, results, strict=True):
+        with ptq.quantized(record.network(), 3, step_ratio=ratio) as model:
+            assert evaluation.evaluate(model, split) == result
+
+
+def test_lapq_is_per_tensor(files, config):
+    with pytest.raises(KureError, match="one step a tensor: leave per_channel and block out"):
+        runs.evaluate(runs.find(config), QuantizationSpec(weight_bits=4, method="lapq", per_channel=True))
+
+
+# Check mode
+
+
+def test_check_mode_computes_nothing_and_writes_nothing(files, config, results_folder, monkeypatch):
+    monkeypatch.setenv("KURE_CHECK", "1")
+    before = everything(results_folder)
+    record = runs.get(config)
+    assert runs.evaluate(record, FOUR) == record.evaluations[FOUR.key]
+    with pytest.raises(KureError, match=rf"{files[0]} does not hold the evaluation .*weight_bits.*check mode"):
+        runs.evaluate(record, QuantizationSpec(weight_bits=5))
+    other = config.model_copy(update={"seed": 9})
+    with pytest.raises(KureError, match=rf"There is no record of {other.label} .*{other.key}.*check mode"):
+        runs.get(other)
+    assert everything(results_folder) == before
+
+
+# Two processes
+
+HOLD = """
+import sys
+from kure_lib.study import runs
+config = runs.RunConfig.model_validate_json(sys.argv[1])
+def wait(epoch, values):
+    print(epoch, flush=True)
+    sys.stdin.readline()
+runs.get(config, wait)
+"""
+
+
+def test_two_processes_do_not_train_the_same_run(config, environment, results_folder):
+    command = [sys.executable, "-c", HOLD, config.model_dump_json()]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as child:
+        assert child.stdout.readline() == "1\n"  # it is training and holds the run
+        with pytest.raises(KureError, match=rf"Another process is working on {config.label} .*wait until it is done"):
+            runs.get(config)
+        assert runs.find(config) is None
+        child.communicate("\n")
+    assert child.returncode == 0
+    assert runs.get(config).key == config.key  # what the other one finished
+
+
+# The records of the study
+
+STUDY = ROOT / "results" / "study"
+RECORDS = sorted((STUDY / "records").glob("*.json"))
+
+
+@pytest.fixture
+def study_results(monkeypatch):
+    """The committed results, read in check mode: nothing there can be written."""
+    monkeypatch.setenv("KURE_RESULTS", str(ROOT / "results"))
+    monkeypatch.setenv("KURE_PROFILE", "study")
+    monkeypatch.setenv("KURE_CHECK", "1")
+
+
+@pytest.mark.skipif(not RECORDS, reason="there are no study records yet")
+def test_every_record_of_the_study_is_whole_and_planned(study_results):
+    planned = {run.config.key: run.part for run in plan("study").runs}
+    assert {path.stem.rpartition("-")[2] for path in RECORDS} == set(planned)
+    for path in RECORDS:
+        record = Record.model_validate_json(path.read_bytes())
+        assert path.stem == f"{record.config.label}-{record.config.key}"
+        assert runs.find(record.config) == record
+        assert record.key == record.config.key
+        if planned[record.key] in ("main", "target", "scratch", "activations"):  # of the others they are not kept
+            assert len(record.weights) > 0  # read, and their SHA-256 compared
+        assert all(len(values) == record.config.epochs for values in record.curves.values())
+        assert record.config.start is None or runs.find(record.config.start)
+
+
+@pytest.mark.skipif(not RECORDS, reason="there are no study records yet")
+def test_a_network_of_the_study_has_the_accuracy_on_record(study_results):
+    """Of 10,000 images a few lie so near a border that bfloat16 and float32, or other kernels, decide them apart."""
+    path = next(path for path in RECORDS if path.name.startswith("resnet20-kure-1.8-1-seed"))
+    record = runs.find(Record.model_validate_json(path.read_bytes()).config)
+    with device.single_thread():
+        result = evaluation.evaluate(record.network(), data.load("fashion_mnist", "test"))
+    assert result.top1 == pytest.approx(record.curves["test_top1"][-1], abs=0.3)
+    assert torch.isfinite(torch.tensor(result.loss))

@@ -1,0 +1,286 @@
+"""Training is a function of its configuration: repeated, interrupted or resumed, it gives the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, same_weights
+from pydantic import ValidationError
+from scipy.stats import kurtosis as scipy_kurtosis
+
+from kure_lib.networks import data, device, evaluation, models
+from kure_lib.paths import KureError
+from kure_lib.quantization import calibration
+from kure_lib.training import configs
+from kure_lib.training import loop as training
+from kure_lib.training.configs import KureConfig, RivalConfig, RunConfig
+from kure_lib.training.loop import fit
+from kure_lib.training.qat import QatConfig
+from kure_lib.training.regularizers import regularized_layers
+
+KNOWN = RunConfig(
+    model="resnet20", seed=1, epochs=4, learning_rate=0.04, weight_decay=5e-4, regularizer=KureConfig(),
+    start=RunConfig(model="resnet20", seed=1, epochs=10, learning_rate=0.2, weight_decay=5e-4),
+)  # fmt: skip
+
+
+# The configuration and its key
+
+
+def test_the_key_of_a_known_configuration_stays():
+    """If this fails, every committed record is lost: take back what changed the key."""
+    assert KNOWN.key == "277ca9a426"
+    assert KNOWN.start.key == "70e41b0b31"
+    assert KNOWN.label == "resnet20-kure-1.8-1-seed1" and KNOWN.start.label == "resnet20-pretrained-seed1"
+
+
+def test_the_key_does_not_count_fields_at_their_defaults():
+    class Extended(RunConfig):
+        warm_up: int = 0
+        label_smoothing: float = 0.0
+
+    fields = {name: getattr(KNOWN, name) for name in RunConfig.model_fields if getattr(KNOWN, name) is not None}
+    assert Extended(**fields).key == RunConfig(**fields).key == KNOWN.key
+    assert Extended(**fields, warm_up=1).key != KNOWN.key
+    assert RunConfig(**TINY, model="resnet20").key == RunConfig(**TINY, model="resnet20", momentum=0.9, seed=0).key
+
+
+CHANGES = {
+    "model": "mobilenet_v2_050", "data": "cifar10", "train_size": 100, "seed": 2, "start": None, "pretrained": True,
+    "epochs": 5, "learning_rate": 0.05, "weight_decay": 0.0, "batch_size": 128, "momentum": 0.8, "decay_every": 2,
+    "decay_factor": 0.2, "regularizer": None,
+    "quantization": QatConfig(method="lsq", weight_bits=4, activation_bits=4),
+    "rival": RivalConfig(method="sam", strength=0.1), "held_out": 100,
+}  # fmt: skip
+
+
+def test_the_key_counts_every_field(monkeypatch):
+    assert set(CHANGES) == set(RunConfig.model_fields), "a new field needs a row here"
+    keys = {KNOWN.model_copy(update={name: value}).key for name, value in CHANGES.items()}
+    kure = {"target": 2.0}, {"coefficient": 0.5}, {"reduction": "sum"}, {"per_channel": True}, {"of": "activations"}
+    for change in kure:
+        keys.add(KNOWN.model_copy(update={"regularizer": KureConfig(**change)}).key)
+    quantized = {"method": "dorefa"}, {"weight_bits": 3}, {"activation_bits": 8}
+    for change in quantized:
+        other = CHANGES["quantization"].model_copy(update=change)
+        keys.add(KNOWN.model_copy(update={"quantization": other}).key)
+    for change in {"method": "ema"}, {"strength": 0.2}:
+        keys.add(KNOWN.model_copy(update={"rival": CHANGES["rival"].model_copy(update=change)}).key)
+    keys.add(KNOWN.model_copy(update={"start": KNOWN.start.model_copy(update={"seed": 5})}).key)
+    monkeypatch.setattr(configs, "TRAINING_VERSION", configs.TRAINING_VERSION + 1)
+    keys.add(KNOWN.key)
+    monkeypatch.undo()
+    assert len(keys - {KNOWN.key}) == len(CHANGES) + 12
+
+
+def test_a_configuration_survives_json():
+    again = RunConfig.model_validate_json(KNOWN.model_dump_json())
+    assert again == KNOWN and again.key == KNOWN.key and hash(again) == hash(KNOWN)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rat": 0.1}, {"learning_rate": 0}, {"learning_rate": "fast"}, {"epochs": -1}, {"weight_decay": -1},
+        {"batch_size": 1}, {"model": "vgg"}, {"data": "mnist"}, {"momentum": 1.0}, {"train_size": 0},
+        {"regularizer": {"lambda": 1}}, {"regularizer": {"coefficient": 0}}, {"regularizer": {"target": 0.9}},
+        {"regularizer": {"reduction": "median"}}, {"regularizer": {"of": "activations", "per_channel": True}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_misspelled_or_impossible_field_is_an_error(change):
+    with pytest.raises(ValidationError) as error:
+        RunConfig(**{"model": "resnet20", **TINY, **change})
+    assert next(iter(change)) in str(error.value)
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        KNOWN.epochs = 3
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny run, its final weights and its curves."""
+    config = RunConfig(model="resnet20", **TINY)
+    model, history = fit(config)
+    return config, {name: value.clone() for name, value in model.state_dict().items()}, history
+
+
+def timeless(history):
+    return {name: values for name, values in history.curves.items() if name != "seconds"}, history.layer_kurtosis
+
+
+def test_training_twice_gives_the_same_bits(trained):
+    config, weights, history = trained
+    torch.manual_seed(12345)  # what was drawn before does not matter
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # nor how many threads there are
+    try:
+        model, again = fit(config)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert same_weights(model.state_dict(), weights)
+    assert timeless(again) == timeless(history)
+    assert not model.training
+
+
+def test_the_small_mobilenet_trains_to_the_same_bits_twice():
+    config = RunConfig(model="mobilenet_v2_050", **{**TINY, "train_size": 256, "epochs": 1})
+    assert same_weights(fit(config)[0].state_dict(), fit(config)[0].state_dict())
+
+
+def test_another_seed_gives_other_weights(trained):
+    config, weights, _ = trained
+    model, _ = fit(config.model_copy(update={"seed": 1, "epochs": 1}))
+    assert not torch.equal(model.fc.weight, weights["fc.weight"])
+
+
+def test_the_curves_are_what_they_say(trained):
+    config, weights, history = trained
+    model = models.build("resnet20", 1, 10)
+    model.load_state_dict(weights)
+    test = data.load("fashion_mnist", "test").head(config.train_size)
+    result = evaluation.evaluate(model, test)
+    assert all(len(values) == config.epochs for values in (*history.curves.values(), *history.layer_kurtosis.values()))
+    assert (history.curves["test_top1"][-1], history.curves["test_loss"][-1]) == (result.top1, result.loss)
+    layers = regularized_layers(model)
+    by_scipy = {name: scipy_kurtosis(m.weight.detach().numpy(), axis=None, fisher=False) for name, m in layers.items()}
+    assert {name: values[-1] for name, values in history.layer_kurtosis.items()} == pytest.approx(by_scipy, rel=1e-5)
+    assert history.curves["kurtosis"][-1] == pytest.approx(sum(by_scipy.values()) / 20, rel=1e-5)
+    assert history.curves["penalty"] == [0.0, 0.0]
+
+
+def test_evaluation_is_the_share_of_right_answers(trained):
+    _, weights, _ = trained
+    model = models.build("resnet20", 1, 10)
+    model.load_state_dict(weights)
+    split = data.load("fashion_mnist", "test").head(300)
+    result = evaluation.evaluate(model.train(), split)
+    with torch.no_grad(), device.autocast():
+        scores = model.eval()((split.images.float() - split.mean) / split.std).float()
+    assert result.top1 == pytest.approx(100 * (scores.argmax(1) == split.labels).float().mean().item(), abs=0.7)
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(scores, split.labels).item(), rel=1e-2)
+    assert evaluation.accuracy(model, split) == result.top1
+
+
+def test_training_learns_and_kure_lowers_the_kurtosis_where_its_control_does_not(trained):
+    """Both arms start from the same weights and see the same images in the same order."""
+    config, weights, history = trained
+    control = RunConfig(model="resnet20", **{**TINY, "learning_rate": 0.1}, start=config)
+    _, plain = fit(control, weights)
+    _, kure = fit(control.model_copy(update={"regularizer": KureConfig(coefficient=10)}), weights)
+    assert plain.curves["train_loss"][-1] < history.curves["train_loss"][-1] < history.curves["train_loss"][0]
+    assert plain.curves["kurtosis"][-1] == pytest.approx(history.curves["kurtosis"][-1], abs=0.1)
+    assert kure.curves["kurtosis"][-1] < plain.curves["kurtosis"][-1] - 0.2
+    assert 0 < kure.curves["penalty"][-1] < 0.9 * kure.curves["penalty"][0]
+
+
+def test_kure_of_activations_lowers_their_kurtosis_and_not_that_of_weights(trained):
+    config, weights, _ = trained
+    control = RunConfig(model="resnet20", **{**TINY, "learning_rate": 0.1}, start=config)
+    images = data.load("fashion_mnist", "train").head(256).images.float() / 255
+
+    def mean_kurtosis(regularizer):
+        model, history = fit(control.model_copy(update={"regularizer": regularizer}), weights)
+        with calibration.reestimated_batch_norm(model, [images]):  # a tiny run leaves them far behind its weights
+            seen = calibration.observe(model, images)
+        return np.mean([scipy_kurtosis(np.concatenate([x, -x]), fisher=False) for x in (
+            site.values[site.values > 0] for site in seen.values())]), history  # fmt: skip
+
+    before, plain = mean_kurtosis(None)
+    after, kure = mean_kurtosis(KureConfig(of="activations", coefficient=3))
+    assert after < before - 0.3
+    assert kure.curves["penalty"][-1] < kure.curves["penalty"][0]
+    assert kure.curves["kurtosis"][-1] > plain.curves["kurtosis"][-1] - 0.1
+
+
+def test_without_epochs_a_run_is_its_start(trained):
+    config, weights, _ = trained
+    model, history = fit(config.model_copy(update={"start": config, "epochs": 0}), weights)
+    assert same_weights(model.state_dict(), weights)
+    assert history.curves == {} and history.layer_kurtosis == {}
+
+
+@pytest.mark.parametrize("regularizer", [None, KureConfig()])
+def test_a_learning_rate_that_diverges_is_named(tiny, regularizer):
+    config = tiny.model_copy(update={"learning_rate": 1e6, "regularizer": regularizer})
+    with pytest.raises(KureError, match=rf"Training {config.label} diverged in epoch 1: lower its learning rate"):
+        fit(config)
+
+
+def test_the_learning_rate_follows_one_cycle_or_steps():
+    def rates(config, steps):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], config.learning_rate)
+        schedule = training._schedule(config, optimizer, steps)
+        result = []
+        for _ in range(config.epochs * steps):
+            result.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return result
+
+    cycle = rates(RunConfig(model="resnet20", **{**TINY, "epochs": 10}), 10)
+    peak = cycle.index(max(cycle))
+    assert max(cycle) == pytest.approx(0.05, rel=1e-2) and 25 <= peak <= 35
+    assert cycle[: peak + 1] == sorted(cycle[: peak + 1]) and cycle[peak:] == sorted(cycle[peak:], reverse=True)
+    assert cycle[-1] < 1e-3 * max(cycle)
+    steps = rates(RunConfig(model="resnet20", **{**TINY, "epochs": 6}, decay_every=2), 3)
+    assert steps == pytest.approx([0.05] * 6 + [0.005] * 6 + [0.0005] * 6)
+
+
+# Interruption
+
+RUN = """
+import sys, time
+from pathlib import Path
+from kure_lib.training.configs import RunConfig
+from kure_lib.training.loop import fit
+config = RunConfig.model_validate_json(sys.argv[1])
+fit(config, checkpoint=Path(sys.argv[2]), on_epoch=lambda epoch, values: print(epoch, flush=True))
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, environment):
+    config = RunConfig(model="resnet20", **{**TINY, "epochs": 3}, regularizer=KureConfig())
+    checkpoint = tmp_path / "run.pt"
+    command = [sys.executable, "-c", RUN, config.model_dump_json(), str(checkpoint)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "1\n"
+        time.sleep(0.15)  # into the second epoch
+        os.kill(child.pid, signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL
+    done = torch.load(checkpoint, weights_only=True)["epoch"]
+    assert 1 <= done < config.epochs
+
+    epochs = []
+    resumed, history = fit(config, checkpoint=checkpoint, on_epoch=lambda epoch, values: epochs.append(epoch))
+    assert epochs == list(range(done + 1, config.epochs + 1))
+    whole, wanted = fit(config)
+    assert same_weights(resumed.state_dict(), whole.state_dict())
+    assert timeless(history) == timeless(wanted)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no checkpoint"])
+def test_a_damaged_checkpoint_is_named(tiny, tmp_path, damage):
+    checkpoint = tmp_path / "run.pt"
+    fit(tiny.model_copy(update={"epochs": 1, "train_size": 128}), checkpoint=checkpoint)
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    with pytest.raises(KureError, match=rf"The checkpoint {checkpoint} cannot be read .*: delete it"):
+        fit(tiny, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_another_network_is_named(tiny, tmp_path):
+    checkpoint = tmp_path / "run.pt"
+    fit(tiny.model_copy(update={"epochs": 1, "train_size": 128}), checkpoint=checkpoint)
+    with pytest.raises(KureError, match="cannot be read"):
+        fit(tiny.model_copy(update={"model": "mobilenet_v2_050"}), checkpoint=checkpoint)
