@@ -4,8 +4,8 @@ from importlib import import_module
 
 _HOMES = {
     "kurtosis": "tensors.kurtosis", "KurtosisRegularizer": "training.regularizers",
-    "MID_RISE": "tensors.quantizers", "MID_TREAD": "tensors.quantizers", "SIGNED_INT": "tensors.quantizers",
-    "UNSIGNED": "tensors.quantizers", "quantize": "tensors.quantizers", "best_step": "tensors.steps",
+    "MID_RISE": "tensors.grids", "MID_TREAD": "tensors.grids", "SIGNED_INT": "tensors.grids",
+    "UNSIGNED": "tensors.grids", "quantize": "tensors.quantizers", "best_step": "tensors.steps",
     "quantized": "quantization.view", "QuantizationSpec": "quantization.view",
 }  # fmt: skip
 _MODULES = {"theory": "tensors.theory", "paper": "findings.paper", "show": "findings.show",

@@ -21,7 +21,7 @@ import psutil
 from filelock import FileLock
 from nbformat import NotebookNode
 
-from kure_lib import paths
+from kure_lib import files, paths
 from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 
@@ -84,7 +84,7 @@ def execute(
         if trouble:
             raise KureError(f"Notebook {stem} {trouble}\nWhat was executed lies in {partial}.")
         destination = destination or partial.with_name(f"{stem}.ipynb")
-        paths.write_atomically(destination, _without_noise(nbformat.read(partial, as_version=4)))
+        files.write_atomically(destination, _without_noise(nbformat.read(partial, as_version=4)))
         partial.unlink()
     return destination
 

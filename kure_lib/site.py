@@ -16,7 +16,7 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
-from kure_lib import notebooks, paths
+from kure_lib import files, notebooks, paths
 from kure_lib.findings import verdicts
 
 STYLE = """
@@ -187,4 +187,4 @@ def _write(path: Path, title: str, body: str) -> None:
 {body}
 </html>
 """
-    paths.write_atomically(path, page)
+    files.write_atomically(path, page)

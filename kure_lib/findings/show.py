@@ -14,7 +14,7 @@ import torch
 from IPython.display import Image, Markdown, display
 from scipy.stats import t as student_t
 
-from kure_lib import paths
+from kure_lib import files, paths
 from kure_lib.networks import device
 from kure_lib.paths import KureError
 
@@ -83,7 +83,7 @@ def style() -> None:
     })
 
 
-def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = paths.RELATIVE_TOLERANCE) -> None:
+def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = files.RELATIVE_TOLERANCE) -> None:
     """Keep a figure as `figures/<name>.png` and the numbers it plots as `<name>.csv`, show it and close it.
 
     What is shown is the very image that is kept. Check mode compares its numbers: pixels vary by machine.
@@ -93,9 +93,9 @@ def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = pa
     image = io.BytesIO()
     fig.savefig(image, format="png", dpi=DPI, metadata={"Software": None})  # no version in it: stable bytes
     plt.close(fig)
-    paths.keep(file.with_suffix(".csv"), _csv(data), tolerance)
+    files.keep(file.with_suffix(".csv"), _csv(data), tolerance)
     if not paths.checking():
-        paths.write_atomically(file, image.getvalue())
+        files.write_atomically(file, image.getvalue())
     elif not file.is_file():
         raise KureError(f"{file} is missing: run its notebook with KURE_CHECK unset and commit the file.")
     display(Image(image.getvalue(), width=round(100 * fig.get_figwidth()), alt=name.replace("_", " ")))
@@ -103,7 +103,7 @@ def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = pa
 
 def table(
     frame: pd.DataFrame, name: str, caption: str | None = None, tidy: pd.DataFrame | None = None,
-    tolerance: float = paths.RELATIVE_TOLERANCE,
+    tolerance: float = files.RELATIVE_TOLERANCE,
 ) -> None:  # fmt: skip
     """Keep a table as `tables/<name>.md`, as shown, and as `<name>.csv` for machines; display it as Markdown.
 
@@ -112,8 +112,8 @@ def table(
     """
     file = paths.results() / "tables" / f"{name}.md"
     text = (f"**{caption}**\n\n" if caption else "") + _markdown(frame)
-    paths.keep(file, text, tolerance)
-    paths.keep(file.with_suffix(".csv"), _csv(frame if tidy is None else tidy), tolerance)
+    files.keep(file, text, tolerance)
+    files.keep(file.with_suffix(".csv"), _csv(frame if tidy is None else tidy), tolerance)
     display(Markdown(text))
 
 

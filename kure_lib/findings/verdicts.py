@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from kure_lib import paths
+from kure_lib import files, paths
 from kure_lib.paths import KureError
 
 OUTCOMES = ("holds", "partly", "fails", "not tested")
@@ -66,7 +66,7 @@ def record(id: str, outcome: str, evidence: str, notebook: str | None = None) ->
         if len(claim.notebooks) > 1:
             parts = _read(id).get("parts", {}) | {notebook: {"outcome": outcome, "evidence": evidence}}
             verdict = _merged(claim, parts)
-        paths.keep(_file(id), json.dumps(verdict, indent=2, ensure_ascii=False) + "\n")
+        files.keep(_file(id), json.dumps(verdict, indent=2, ensure_ascii=False) + "\n")
     print(f"{id} · {outcome} · {evidence}")
 
 
@@ -102,7 +102,7 @@ def update_readme(path: Path) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise KureError(f"{path} lacks the lines {BEGIN} and {END}: put them where the scoreboard belongs.")
-    paths.keep(path, f"{before}{BEGIN}\n{scoreboard_markdown()}\n{END}{after}")
+    files.keep(path, f"{before}{BEGIN}\n{scoreboard_markdown()}\n{END}{after}")
 
 
 def _merged(claim: Claim, parts: dict[str, dict[str, str]]) -> dict:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from kure_lib.paths import DATA, KureError, write_atomically
+from kure_lib.files import write_atomically
+from kure_lib.paths import DATA, KureError
 
 SHIFT = 2  # pixels by which a training image is moved at most, in each direction
 

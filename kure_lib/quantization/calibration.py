@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from kure_lib.networks import activations, data, device
 from kure_lib.paths import KureError
-from kure_lib.tensors.quantizers import UNSIGNED
-from kure_lib.tensors.steps import EmpiricalDistribution, best_step
+from kure_lib.tensors.grids import UNSIGNED
+from kure_lib.tensors.samples import EmpiricalDistribution
+from kure_lib.tensors.steps import best_step
 
 IMAGES = 512  # as many as the paper's authors calibrate with
 KEPT = 2**18  # values of a site that are looked at, evenly spread over images, channels and positions

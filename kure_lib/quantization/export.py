@@ -18,8 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from kure_lib.files import write_atomically
 from kure_lib.networks.models import DenseGradient
-from kure_lib.paths import KureError, write_atomically
+from kure_lib.paths import KureError
 from kure_lib.quantization.integers import Integers
 
 OPSET, IR_VERSION = 21, 10  # the first that can name 4-bit integers

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from kure_lib.paths import KureError
 from kure_lib.quantization.view import quantized_layers, restored, weight_steps
-from kure_lib.tensors.quantizers import SIGNED_INT
+from kure_lib.tensors.grids import SIGNED_INT
 from kure_lib.tensors.steps import best_step
 
 BITS = 8  # of the master

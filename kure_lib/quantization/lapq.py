@@ -19,7 +19,7 @@ from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration
 from kure_lib.quantization import view as ptq
-from kure_lib.tensors.quantizers import MID_RISE, Grid
+from kure_lib.tensors.grids import MID_RISE, Grid
 
 NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)  # p of the starts
 EVALUATIONS = 400  # of the loss, in all, that Powell's method may use

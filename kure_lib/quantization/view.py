@@ -14,8 +14,9 @@ from kure_lib.networks import activations
 from kure_lib.networks.layers import latent_weight, quantized_layers, restored
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration
-from kure_lib.tensors.quantizers import MID_RISE, UNSIGNED, check_bits, quantize
-from kure_lib.tensors.steps import Format, best_step
+from kure_lib.tensors.grids import MID_RISE, UNSIGNED, Format, check_bits
+from kure_lib.tensors.quantizers import quantize
+from kure_lib.tensors.steps import best_step
 from kure_lib.tensors.steps import power_of_two as nearest_power_of_two
 
 BATCH = 256  # images at a time for new batch-norm statistics

@@ -14,9 +14,10 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from torch import nn
 
+from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, models
 from kure_lib.networks.evaluation import Evaluation
-from kure_lib.paths import KureError, results, write_atomically
+from kure_lib.paths import KureError, results
 from kure_lib.quantization import view as ptq
 from kure_lib.training.configs import Frozen, RunConfig
 

@@ -14,10 +14,11 @@ import numpy as np
 import safetensors.torch
 from torch import Tensor, nn
 
+from kure_lib.files import write_atomically
 from kure_lib.networks import activations, data, device, evaluation
 from kure_lib.networks.evaluation import Evaluation
 from kure_lib.networks.layers import quantized_layers
-from kure_lib.paths import KureError, checking, write_atomically
+from kure_lib.paths import KureError, checking
 from kure_lib.quantization import calibration, lapq
 from kure_lib.quantization import integers as master
 from kure_lib.quantization import view as ptq
@@ -33,8 +34,8 @@ from kure_lib.study.records import (
     weights_path,
     write,
 )  # fmt: skip
+from kure_lib.tensors.grids import SIGNED_INT, grid_named
 from kure_lib.tensors.kurtosis import kurtosis
-from kure_lib.tensors.quantizers import SIGNED_INT, grid_named
 from kure_lib.training import loop as training
 from kure_lib.training import qat
 from kure_lib.training.configs import KureConfig, RunConfig

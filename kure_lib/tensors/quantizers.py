@@ -1,90 +1,11 @@
-"""Uniform quantization grids, and the one quantizer that every other module uses.
+"""The one quantizer that every other module uses: the nearest level of a grid or of a codebook."""
 
-A grid says which multiples of the step are levels; the step says how far apart they are; the scope
-(per tensor, per channel or per block) is the shape of the step. The three choices are independent, and
-a format that is no uniform grid, a codebook of `formats`, may stand wherever a grid does.
+from functools import cache
 
-The literature means three different things by "uniform M-bit quantizer", and several of the paper's
-statements are true on one grid and false on another, so a grid is always named.
-"""
-
-from dataclasses import dataclass
-from numbers import Integral
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from kure_lib.paths import KureError
-from kure_lib.tensors.formats import CODEBOOKS, Codebook, nearest
-
-MAX_BITS = 16
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A family of uniform grids, one for each bit-width M: level = (code + offset) · step.
-
-    Codes run from `lowest(M)` to `highest(M)`.
-
-    >>> [(MID_RISE.lowest(2) + k + MID_RISE.offset) for k in range(4)]
-    [-1.5, -0.5, 0.5, 1.5]
-    """
-
-    name: str
-    offset: float
-    signed: bool = True
-    extra_level: bool = False
-
-    def lowest(self, bits: int) -> int:
-        return -(2 ** (bits - 1)) if self.signed else 0
-
-    def highest(self, bits: int) -> int:
-        codes = 2**bits + self.extra_level
-        return self.lowest(bits) + codes - 1
-
-    def levels(self, bits: int) -> np.ndarray:
-        """All levels [levels] in units of the step, ascending, float64."""
-        return np.arange(self.lowest(bits), self.highest(bits) + 1) + self.offset
-
-    def outermost(self, bits: int) -> float:
-        """Distance of the highest level from zero, in steps."""
-        return self.highest(bits) + self.offset or 1.0
-
-
-#: 2^M levels, symmetric, none at zero: what the authors' released code uses.
-MID_RISE = Grid("mid_rise", offset=0.5)
-#: 2^M + 1 levels, clipped at ±2^(M−1)Δ: Eq. 1 of the paper, and what its lemmas are about.
-MID_TREAD = Grid("mid_tread", offset=0.0, extra_level=True)
-#: Two's complement, −2^(M−1) … 2^(M−1) − 1: what integer hardware computes with.
-SIGNED_INT = Grid("signed_int", offset=0.0)
-#: 0 … 2^M − 1: activations after a ReLU.
-UNSIGNED = Grid("unsigned", offset=0.0, signed=False)
-
-GRIDS = {grid.name: grid for grid in (MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED)}
-
-
-def grid_named(name: str) -> Grid | Codebook:
-    """The grid or codebook of that name; `KureError` lists the known ones."""
-    known = GRIDS | CODEBOOKS
-    if name not in known:
-        raise KureError(f"Unknown quantization grid '{name}': choose one of {', '.join(known)}.")
-    return known[name]
-
-
-def check_bits(bits: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= bits <= MAX_BITS:
-        raise KureError(f"Cannot quantize to {bits} bits: give a whole number from 1 to {MAX_BITS}.")
-
-
-def levels(bits: int, grid: Grid | Codebook = MID_RISE) -> Tensor:
-    """All levels of the grid in units of the step, ascending, float64 of shape [levels].
-
-    >>> levels(2, SIGNED_INT).tolist()
-    [-2.0, -1.0, 0.0, 1.0]
-    """
-    check_bits(bits)
-    return torch.from_numpy(grid.levels(bits))
+from kure_lib.tensors.grids import MID_RISE, Codebook, Format, check_bits
 
 
 def round_straight_through(x: Tensor) -> Tensor:
@@ -92,7 +13,7 @@ def round_straight_through(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Grid | Codebook = MID_RISE) -> Tensor:
+def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Format = MID_RISE) -> Tensor:
     """Q_Δ(x): the nearest level of an M-bit grid of the given step (paper, Eq. 1), or of a codebook of that scale.
 
     `x` has any shape; `step` > 0 is a number or a tensor that broadcasts against it (a [C, 1, 1, 1]
@@ -117,3 +38,30 @@ def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Grid | Codebook =
     clipped = codes.detach().clamp(grid.lowest(bits), grid.highest(bits))
     # not `codes.clamp`: its gradient ends before the outermost codes, not after them
     return (torch.where(codes == clipped, codes, clipped) + grid.offset) * step
+
+
+@cache
+def _cells(book: Codebook, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Levels [K] and the highest number of every cell but the last, [K − 1]: the tie, if it belongs below."""
+    levels = torch.tensor(book.values, dtype=torch.float64, device=device)
+    ties = ((levels[1:] + levels[:-1]) / 2).to(dtype)
+    codes = torch.arange(len(levels), device=device) - book.values.index(0.0)
+    upper_is_even = codes[1:] % 2 == 0
+    below = torch.nextafter(ties, torch.full_like(ties, -torch.inf))
+    return levels.to(dtype), torch.where(upper_is_even, below, ties)
+
+
+def nearest(x: Tensor, book: Codebook) -> Tensor:
+    """The nearest level to each value, in units of the scale: ties to the even code, saturating, NaN stays NaN.
+
+    The gradient is straight-through: 1 as far as rounding does not overflow, which is half a gap beyond the
+    outermost levels, and 0 outside.
+
+    >>> nearest(torch.tensor([0.25, 0.75, 2.5, 100.0]), FP4_E2M1).tolist()
+    [0.0, 1.0, 2.0, 6.0]
+    """
+    levels, ends = _cells(book, x.dtype, x.device)
+    value = x.detach()
+    low, high = levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
+    overflows = (value < low) | (value > high)
+    return levels[torch.bucketize(value.contiguous(), ends)] + torch.where(overflows, 0.0, x - value)

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from kure_lib.paths import KureError
-from kure_lib.tensors.formats import Codebook
-from kure_lib.tensors.quantizers import Grid, levels
+from kure_lib.tensors.grids import Format, levels
 
-Format = Grid | Codebook
 LARGE = 2**20  # values; a larger tensor has landmarks
 LANDMARKS, TAIL = 2**16, 2**10  # of them in all, and at each end
 

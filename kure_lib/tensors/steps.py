@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kure_lib.paths import KureError
 from kure_lib.tensors import theory
-from kure_lib.tensors.formats import Codebook, block_scale
-from kure_lib.tensors.quantizers import MID_RISE, check_bits, levels
-from kure_lib.tensors.samples import EmpiricalDistribution, Format
+from kure_lib.tensors.grids import FP8_E4M3, MID_RISE, Codebook, Format, check_bits, levels
+from kure_lib.tensors.quantizers import nearest
+from kure_lib.tensors.samples import EmpiricalDistribution
 
 COARSE, FINE = 512, 12  # points of the first scan and of each finer one
 DENSER = 4  # times as many points in the first scan for codebooks: a float has a valley for every level of an octave
@@ -195,3 +195,27 @@ def power_of_two(step: Tensor) -> Tensor:
     [1.0, 0.25]
     """
     return torch.exp2(torch.log2(step).round())
+
+
+def block_scale(largest: Tensor, method: str, outermost: float) -> Tensor:
+    """The scale of each block from the largest magnitude in it, of the same shape; `outermost` is the highest level.
+
+    `max_abs` puts that level on the magnitude. `mx` is the Microscaling specification's (Sec. 6.3): a power of
+    two, 2^(⌊log2 max⌋ − ⌊log2 outermost⌋), of 8 bits, so that what lies above the level saturates. `nvfp4` is that
+    of NVIDIA's format: `max_abs` rounded to FP8 E4M3, in units of a float32 scale of the whole tensor that puts
+    448 on the largest. A block of zeros gets the smallest scale there is. Raises `KureError` for another method.
+
+    >>> block_scale(torch.tensor([0.9, 12.0]), "mx", 6.0).tolist()
+    [0.125, 2.0]
+    """
+    ideal = largest / outermost
+    if method == "max_abs":
+        return torch.where(ideal > 0, ideal, 1.0)
+    if method == "mx":  # frexp is exact where log2 need not be
+        exponent = torch.frexp(largest).exponent - torch.frexp(torch.tensor(outermost)).exponent
+        return torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, exponent, -127).clamp(-127, 127))
+    if method == "nvfp4":
+        tensor_scale = ideal.max() / FP8_E4M3.values[-1]
+        smallest = FP8_E4M3.values[FP8_E4M3.values.index(0.0) + 1]
+        return nearest(ideal / tensor_scale, FP8_E4M3).clamp(min=smallest) * tensor_scale
+    raise KureError(f"The scale of a block cannot be chosen by '{method}': choose max_abs, mx or nvfp4.")

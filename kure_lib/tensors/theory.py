@@ -33,7 +33,7 @@ def mse(dist, step, bits, grid):
     is positive, a number or an array in the units of X; the result has its shape and the units of X².
     Raises ValueError for a step of zero or less, TypeError for another `dist`.
 
-    >>> from kure_lib.tensors.quantizers import MID_TREAD
+    >>> from kure_lib.tensors.grids import MID_TREAD
     >>> round(12 * float(mse(Uniform(8.5), 1.0, bits=4, grid=MID_TREAD)), 9)  # Δ = 2a/(2⁴ + 1): MSE = Δ²/12
     1.0
     """
@@ -49,7 +49,7 @@ def derivatives(dist, step, bits, grid, side="right"):
     Where a threshold meets a jump of the density (an end of a uniform tensor) the second one jumps too:
     `side` is the side of Δ, "left" or "right", to take it from. For samples it is the one between kinks.
 
-    >>> from kure_lib.tensors.quantizers import MID_TREAD
+    >>> from kure_lib.tensors.grids import MID_TREAD
     >>> first, second = derivatives(Uniform(1.0), 2 / 17, bits=4, grid=MID_TREAD)
     >>> abs(round(float(first), 12)), round(float(second), 12)
     (0.0, 8.0)
@@ -70,7 +70,7 @@ def optimal_step(dist, bits, grid):
     deviation from zero to where levels are 8 apart on average. Floats are nearly scale-free: of scales a power of
     two apart and almost equally good, the one that reaches least far is best, and lies in that range.
 
-    >>> from kure_lib.tensors.quantizers import MID_RISE
+    >>> from kure_lib.tensors.grids import MID_RISE
     >>> round(optimal_step(Normal(), bits=4, grid=MID_RISE), 4)  # Max (1960), table II
     0.3352
     """
@@ -94,7 +94,7 @@ def optimal_step(dist, bits, grid):
 def sensitivity(dist, eps, bits, grid):
     """Γ(X, ε) = |MSE(X, Δ̃ + ε) − MSE(X, Δ̃)| (paper, Eq. 4); ε is signed: below zero it clips more.
 
-    >>> from kure_lib.tensors.quantizers import SIGNED_INT
+    >>> from kure_lib.tensors.grids import SIGNED_INT
     >>> gamma = sensitivity(Uniform(1.0), [-0.05, 0.05], bits=4, grid=SIGNED_INT)
     >>> bool(gamma[0] > gamma[1])
     True

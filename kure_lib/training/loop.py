@@ -16,9 +16,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from kure_lib.files import write_atomically
 from kure_lib.networks import activations, data, device, evaluation, models
 from kure_lib.networks.device import single_thread
-from kure_lib.paths import KureError, write_atomically
+from kure_lib.paths import KureError
 from kure_lib.tensors.kurtosis import kurtosis
 from kure_lib.training import qat, rivals
 from kure_lib.training.configs import KureConfig, RunConfig

@@ -18,7 +18,8 @@ from torch.nn.utils import parametrize
 from kure_lib.networks import activations
 from kure_lib.quantization import calibration
 from kure_lib.quantization.view import quantized_layers, restored
-from kure_lib.tensors.quantizers import MID_RISE, SIGNED_INT, UNSIGNED, quantize
+from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, UNSIGNED
+from kure_lib.tensors.quantizers import quantize
 
 TRAINED = -1  # in place of a bit-width: the one the network was trained for
 

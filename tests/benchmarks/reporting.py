@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from kure_lib.files import write_atomically
 from kure_lib.networks import device
-from kure_lib.paths import write_atomically
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 RESNET = 4 if device.precision() == "bfloat16" else 2  # times faster

@@ -11,7 +11,8 @@ from torchvision.models import resnet18
 
 from kure_lib.networks import device
 from kure_lib.tensors.quantizers import quantize
-from kure_lib.tensors.steps import EmpiricalDistribution, best_step
+from kure_lib.tensors.samples import EmpiricalDistribution
+from kure_lib.tensors.steps import best_step
 from kure_lib.training.regularizers import KurtosisRegularizer, regularized_layers
 
 BITS = (2, 3, 4, 5, 6, 8)

@@ -12,7 +12,8 @@ from kure_lib.paths import KureError
 from kure_lib.quantization import integers as master
 from kure_lib.quantization.integers import METHODS, Integers
 from kure_lib.quantization.view import quantized
-from kure_lib.tensors.quantizers import SIGNED_INT, quantize
+from kure_lib.tensors.grids import SIGNED_INT
+from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.steps import best_step
 
 ALL = torch.arange(-128, 128).to(torch.int8)  # every code there is

@@ -12,8 +12,8 @@ from torchvision import models as torchvision_models
 from kure_lib.networks import models
 from kure_lib.paths import ROOT, KureError
 from kure_lib.quantization.view import QuantizationSpec, quantized, quantized_layers
-from kure_lib.tensors.formats import FP4_E2M1, NF4
-from kure_lib.tensors.quantizers import MID_RISE, MID_TREAD, SIGNED_INT, quantize
+from kure_lib.tensors.grids import FP4_E2M1, MID_RISE, MID_TREAD, NF4, SIGNED_INT
+from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.steps import best_step
 
 RECORDS = sorted((ROOT / "results" / "study" / "records").glob("*.json"))

@@ -10,18 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kure_lib.paths import KureError
-from kure_lib.tensors.formats import (
+from kure_lib.tensors.grids import (
     CODEBOOKS,
     FP4_E2M1,
     FP8_E4M3,
+    MID_RISE,
     NF4,
     POWER_OF_TWO_4,
-    block_scale,
     float_format,
-    nearest,
+    grid_named,
+    levels,
 )
-from kure_lib.tensors.quantizers import MID_RISE, grid_named, levels, quantize
-from kure_lib.tensors.steps import best_step
+from kure_lib.tensors.quantizers import nearest, quantize
+from kure_lib.tensors.steps import best_step, block_scale
 
 ORACLES = {
     "fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2, "fp6_e2m3": ml_dtypes.float6_e2m3fn,

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kure_lib.paths import KureError
-from kure_lib.tensors.quantizers import GRIDS, MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, grid_named, levels, quantize
+from kure_lib.tensors.grids import GRIDS, MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, grid_named, levels
+from kure_lib.tensors.quantizers import quantize
 
 grids = st.sampled_from(list(GRIDS.values()))
 bit_widths = st.integers(1, 8)

@@ -11,10 +11,22 @@ from hypothesis import strategies as st
 from kure_lib.findings import paper
 from kure_lib.paths import KureError
 from kure_lib.tensors import theory
-from kure_lib.tensors.formats import CODEBOOKS, FP4_E2M1, FP8_E4M3, FP8_E5M2, POWER_OF_TWO_4
-from kure_lib.tensors.quantizers import GRIDS, MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, levels, quantize
-from kure_lib.tensors.samples import LARGE
-from kure_lib.tensors.steps import EmpiricalDistribution, best_step, mse_curve, power_of_two
+from kure_lib.tensors.grids import (
+    CODEBOOKS,
+    FP4_E2M1,
+    FP8_E4M3,
+    FP8_E5M2,
+    GRIDS,
+    MID_RISE,
+    MID_TREAD,
+    POWER_OF_TWO_4,
+    SIGNED_INT,
+    UNSIGNED,
+    levels,
+)
+from kure_lib.tensors.quantizers import quantize
+from kure_lib.tensors.samples import LARGE, EmpiricalDistribution
+from kure_lib.tensors.steps import best_step, mse_curve, power_of_two
 
 EVERY_GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 

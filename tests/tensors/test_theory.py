@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from kure_lib.tensors.distributions import with_kurtosis
-from kure_lib.tensors.formats import CODEBOOKS, NF4
-from kure_lib.tensors.quantizers import MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED, quantize
-from kure_lib.tensors.steps import EmpiricalDistribution, mse_curve
+from kure_lib.tensors.grids import CODEBOOKS, MID_RISE, MID_TREAD, NF4, SIGNED_INT, UNSIGNED
+from kure_lib.tensors.quantizers import quantize
+from kure_lib.tensors.samples import EmpiricalDistribution
+from kure_lib.tensors.steps import mse_curve
 from kure_lib.tensors.theory import (
     UNIT_VARIANCE,
     Laplace,
