@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-collect_ignore = ["results"]  # executed copies of the notebooks lie there
 UNSTABLE = ("stderr", "text/html", "image/svg+xml", "application/pdf")  # outputs that differ between machines
 
 

@@ -4,20 +4,20 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fail() { echo "run_all.sh: $*" >&2; exit 1; }
-suits() { "$1" -c "import sys, $2; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; }
+suits() { "$1" -c "import sys, $2; sys.exit(not (3, 11) <= sys.version_info < (3, 15))" 2>/dev/null; }
 recipe() { cat requirements.txt pyproject.toml; pwd; }  # a moved copy of the study is installed anew
 installed() { [[ -x $home/bin/python ]] && recipe | cmp -s - "$home/installed-from"; }
 
-find_python() {
+find_python() {  # with the module $1
     local candidates=(python3 python3.14 python3.13 python3.12 python3.11)
     [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
-    for python in "${candidates[@]}"; do suits "$python" ensurepip && return; done
+    for python in "${candidates[@]}"; do suits "$python" "$1" && return; done
     python=${candidates[0]}
-    fail "Python 3.11 or newer with venv is needed, and $python is $("$python" --version 2>/dev/null || echo missing):" \
-        "install it, name another with PYTHON=/path/to/python3, or let conda provide it with --conda."
+    fail "Python 3.11 to 3.14 with venv is needed, and $python is $("$python" --version 2>/dev/null || echo missing):" \
+        "install it (on Debian: python3-venv), name another with PYTHON=/path/to/python3, or take conda's with --conda."
 }
 
-make_venv() { find_python; "$python" -m venv --clear "$home"; }
+make_venv() { find_python ensurepip; "$python" -m venv --clear "$home"; }
 
 make_conda() {
     local conda
@@ -36,7 +36,7 @@ install() {
 }
 
 case " $* " in
-    *" -h "* | *" --help "*) find_python; exec "$python" kure_lib/__main__.py --help ;;
+    *" -h "* | *" --help "*) find_python argparse; exec "$python" kure_lib/__main__.py --help ;;
     *" --conda "*) home=.conda make=make_conda ;;
     *) home=.venv make=make_venv ;;
 esac

@@ -1,6 +1,6 @@
 """The command line of the study, `python -m kure_lib`; `run_all.sh` starts it in the right environment.
 
-Parsing needs the standard library alone, so that `--help` works before anything is installed.
+`--help` must work before anything is installed, so this file imports the standard library alone, the rest when needed.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from textwrap import shorten
 from typing import NoReturn
 
@@ -44,7 +45,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     instead.add_argument("--list", action="store_true", help="show what would run and for how long")
     instead.add_argument("--bench", action="store_true", help="measure speed (tests/benchmarks)")
     instead.add_argument("--test", action="store_true", help="run every test and a smoke study")
-    return parser.parse_args(argv)
+    instead.add_argument("--lab", nargs="?", const="", metavar="NN", help="open JupyterLab on the notebooks, or on one "
+                         "of them; options after -- are for JupyterLab, as in --lab 05 -- --no-browser")  # fmt: skip
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    asked = parser.parse_args(words[:end], argparse.Namespace(options=words[end + 1 :]))
+    if asked.options and asked.lab is None:
+        parser.error(f"the options {shlex.join(asked.options)} after -- are for JupyterLab and need --lab")
+    return asked
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,20 +69,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace) -> int:
-    from kure_lib import driver as study
-    from kure_lib import notebooks, paths
+    from kure_lib import paths
 
     paths.use_profile(asked.profile)
     try:
+        if asked.lab is not None:
+            lab(asked.lab, asked.options)
         if asked.test:
             return 0 if test() else 1
         if asked.bench:
-            return _python("-m", "pytest", "tests/benchmarks")
+            return _python("-m", "pytest", "-m", "benchmark", "tests/benchmarks")
+        from kure_lib import driver
+
         if asked.list:
-            print(study.describe(study.plan(asked.profile)))
+            print(driver.describe(asked.profile, asked.only))
             return 0
-        chosen = notebooks.select(asked.only)
-        report = study.run(asked.profile, only=chosen, fresh=asked.fresh, jobs=asked.jobs)
+        report = driver.run(asked.profile, only=asked.only, fresh=asked.fresh, jobs=asked.jobs)
         print(f"\n{scoreboard()}\n\nReport: {report}")
         return 0
     except paths.KureError as error:
@@ -93,16 +103,31 @@ def scoreboard() -> str:
     return "\n".join([*lines, f"{len(board)} claims and questions: {totals}."])
 
 
+def lab(notebook: str, options: Sequence[str]) -> NoReturn:
+    """Become JupyterLab on the notebooks, or on one named by number or name; Ctrl-C ends it.
+
+    Raises `KureError` for a notebook that does not exist.
+    """
+    from kure_lib import notebooks, paths
+
+    chosen = notebooks.select([notebook]) if notebook else []
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={paths.NOTEBOOKS}"]
+    command += [f"--LabApp.default_url=/lab/tree/{stem}.ipynb" for stem in chosen]
+    command += ["--ServerApp.answer_yes=True", *options]  # yes to the question that follows Ctrl-C
+    ambient = {"KURE_PROFILE", "KURE_CHECK"}  # a notebook opened by hand follows its own parameters
+    environment = {name: value for name, value in os.environ.items() if name not in ambient}
+    environment["JUPYTER_PREFER_ENV_PATH"] = "1"  # kernels of this environment come before those of the user
+    os.execve(sys.executable, command, environment)
+
+
 def test() -> bool:
     """Run every kind of test, later ones also after a failure; the last line printed sums up."""
     at_once = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")  # a file's tests stay together
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *at_once)
-    unit = (*pytest, "--doctest-modules", "--ignore=tests/benchmarks", "kure_lib", "tests")
-    notebooks = (*pytest, "--nbval", "--nbval-current-env", "notebooks")
     with tempfile.TemporaryDirectory() as results:
         outcomes = [
-            _part("unit tests", *unit),
-            _part("notebooks", *notebooks),
+            _part("unit tests", *pytest),
+            _part("notebooks", *pytest, "--nbval", "--nbval-current-env", "notebooks"),
             _part("smoke study", "-m", "kure_lib", "--profile", "smoke", KURE_RESULTS=results),
         ]
     print("\n" + ", ".join(summary for _, summary in outcomes))
@@ -110,7 +135,7 @@ def test() -> bool:
 
 
 def _part(name: str, *command: str, **variables: str) -> tuple[bool, str]:
-    """One part of the tests: whether it passed, and a phrase for the summary."""
+    """Run one part of the tests; returns whether it passed, and a phrase for the summary."""
     print(f"\n{name}: python {shlex.join(command)}", flush=True)
     start = time.monotonic()
     passed = _python(*command, **variables) == 0
@@ -118,13 +143,13 @@ def _part(name: str, *command: str, **variables: str) -> tuple[bool, str]:
 
 
 def _python(*command: str, **variables: str) -> int:
-    """Run Python in the study's folder, where neither the caller's results nor check mode are inherited."""
+    """Run Python in the study's folder, without the caller's results, profile and check mode."""
     from kure_lib import notebooks, paths
 
     ambient = {"KURE_RESULTS", "KURE_PROFILE", "KURE_CHECK"}
     inherited = {name: value for name, value in os.environ.items() if name not in ambient}
-    fixed = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    environment = inherited | fixed | {"PYTHONDONTWRITEBYTECODE": "1"} | variables
+    flags = dict.fromkeys(("OMP_NUM_THREADS", "PYDEVD_DISABLE_FILE_VALIDATION", "PYTHONDONTWRITEBYTECODE"), "1")
+    environment = {**inherited, **flags, "MPLBACKEND": "agg", **variables}
     with notebooks.running([sys.executable, *command], cwd=paths.ROOT, env=environment) as process:
         return process.wait()
 

@@ -1,14 +1,14 @@
 """The one way in which a file is written: whole or not at all, and in check mode compared instead."""
 
-import csv
 import io
-import json
-import math
 import os
 import re
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
+
+import pandas as pd
+from pandas.testing import assert_frame_equal
 
 from kure_lib.paths import KureError, checking
 
@@ -51,44 +51,29 @@ def keep(path: Path, text: str, tolerance: float = RELATIVE_TOLERANCE) -> None:
         return
     remedy = "run its notebook with KURE_CHECK unset and commit the file"
     try:
-        committed = _rows(path, path.read_text(encoding="utf-8"))
+        committed = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise KureError(f"{path} is missing: {remedy}.") from None
     except ValueError as error:
         raise KureError(f"{path} is damaged ({error}): restore it, or {remedy}.") from error
-    if difference := _first_difference(committed, _rows(path, text), tolerance):
-        raise KureError(f"{path} differs from its notebook, {difference}: find the cause, or {remedy}.")
-
-
-def _rows(path: Path, text: str) -> list[list[str]]:
-    """The cells of a CSV file, of a Markdown file's lines, or of a JSON object as a table of one row."""
-    if path.suffix == ".csv":
-        return list(csv.reader(io.StringIO(text)))
-    if path.suffix == ".json":
-        fields = json.loads(text)
-        return [list(fields), [json.dumps(value, ensure_ascii=False) for value in fields.values()]]
-    ruling = re.compile(r"[|:\- ]+")  # the line under a table's header
-    lines = [line for line in text.splitlines() if not ruling.fullmatch(line)]
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("| "))] for line in lines]
-
-
-def _first_difference(committed: list[list[str]], made: list[list[str]], tolerance: float) -> str | None:
-    """Where two tables first differ, in words, or None; the first row of several cells is the header."""
-    start = next((i for i, row in enumerate(made) if len(row) > 1), 0)
-    header = made[start] if made else []
-    for i, (old_row, new_row) in enumerate(zip_longest(committed, made, fillvalue=())):
-        for j, (old, new) in enumerate(zip_longest(old_row, new_row)):
-            if not _agree(old, new, tolerance):
-                column = header[j] if j < len(header) else j + 1
-                return f"row {i - start} of column {column} is {new or 'nothing'} and was {old or 'nothing'}"
-    return None
-
-
-def _agree(old: str | None, new: str | None, tolerance: float) -> bool:
-    """Equal as text, or both numbers and close."""
-    if old == new or old is None or new is None:
-        return old == new
     try:
-        return math.isclose(float(old), float(new), rel_tol=tolerance, abs_tol=tolerance**2)
-    except ValueError:
-        return False
+        _compare_tables(committed, text, tolerance) if path.suffix == ".csv" else _compare_lines(committed, text)
+    except AssertionError as error:
+        reason = " ".join(str(error).split())
+        raise KureError(f"{path} differs from its notebook ({reason}): find the cause, or {remedy}.") from None
+
+
+def _compare_tables(committed: str, made: str, tolerance: float) -> None:
+    """Raise AssertionError that names the first column in which two CSV files differ."""
+    old, new = (pd.read_csv(io.StringIO(text)) for text in (committed, made))
+    assert_frame_equal(new, old, check_dtype=False, rtol=tolerance, atol=tolerance**2, obj="Table")
+
+
+def _compare_lines(committed: str, made: str) -> None:
+    """Raise AssertionError that shows the first line in which two texts differ by more than a table's padding."""
+    old, new = (
+        [re.sub(r"--+", "-", " ".join(line.split())) for line in text.splitlines()] for text in (committed, made)
+    )
+    for number, (was, now) in enumerate(zip_longest(old, new, fillvalue="nothing"), start=1):
+        if now != was:
+            raise AssertionError(f"line {number} is {now!r} and was {was!r}")

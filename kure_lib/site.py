@@ -1,16 +1,16 @@
 """The report of a profile: one page with verdicts, figures and tables, and one for every executed notebook.
 
-It needs no network and nothing but the results beside it: styles are in the pages, formulae are MathML.
+The pages hold their styles and show formulae as MathML, so they need no network, only the results beside them.
 """
 
 import os
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container
+from functools import partial
 from html import escape
 from pathlib import Path
 
 import nbformat
-from jinja2 import pass_context
 from latex2mathml.converter import convert as mathml
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -20,36 +20,27 @@ from kure_lib import files, notebooks, paths
 from kure_lib.findings import verdicts
 
 STYLE = """
-:root { --ink: #1d2329; --faint: #66707a; --line: #dde1e5; --link: #0072b2; }
-body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 6rem; color: var(--ink); background: #fff;
+:root { --faint: #66707a; --line: #dde1e5; }
+body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 6rem; color: #1d2329; background: #fff;
        font: 16px/1.55 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.25; margin: 2em 0 .6em; }
-h1 { margin-top: .5em; }
-a { color: var(--link); text-decoration: none; }
-a:hover { text-decoration: underline; }
-nav, .faint, figcaption { color: var(--faint); font-size: .9em; }
-nav a { margin-right: 1.2em; }
-ul.plain { list-style: none; padding: 0; }
+h1, h2, h3 { line-height: 1.25; }
+a { color: #0072b2; text-decoration: none; } a:hover { text-decoration: underline; }
+nav, .faint, figcaption { color: var(--faint); font-size: .9em; } nav a { margin-right: 1.2em; }
 table { border-collapse: collapse; margin: 1em 0; font-size: .92em; }
 th, td { padding: .35em .7em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid var(--line); }
-.scroll { overflow-x: auto; }
-.outcome { white-space: nowrap; font-weight: 600; }
-.outcome::before { content: "● "; }
-.holds { color: #00785a; } .partly { color: #a86f00; } .fails { color: #c04a00; } .not { color: #66707a; }
+ul.plain { list-style: none; padding: 0; } .scroll, pre { overflow-x: auto; } pre { font-size: .86em; }
+td b { white-space: nowrap; } td b::before { content: "● "; }
+.holds { color: #00785a; } .partly { color: #a86f00; } .fails { color: #c04a00; } .not { color: var(--faint); }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1.5rem; }
-figure { margin: 0; } img { max-width: 100%; height: auto; }
-pre { overflow-x: auto; font-size: .86em; line-height: 1.4; }
-math[display=block] { margin: 1em 0; overflow-x: auto; }
-.input_area { background: #f6f7f8; border-left: 3px solid var(--line); padding: .1em 1em; margin: .6em 0; }
-.prompt { display: none; }
-.output_stderr { display: none; }
+figure { margin: 0; } img { max-width: 100%; height: auto; } math[display=block] { overflow-x: auto; }
+.input_area { background: #f6f7f8; border-left: 3px solid var(--line); padding: .1em 1em; }
+.prompt, .output_stderr { display: none; }
 #code:not(:checked) ~ main .input { display: none; }
 """
 
 
 class _Markdown(IPythonRenderer):
-    """Markdown to HTML: formulae as MathML, links as they must read from the report's folder."""
+    """Turns Markdown into HTML, with formulae as MathML and links relative to the report's folder."""
 
     def __init__(self, folder: Path):
         super().__init__(escape=False, exclude_anchor_links=True)
@@ -69,28 +60,17 @@ class _Markdown(IPythonRenderer):
         return super().link(text, url, title)
 
 
-class _Exporter(HTMLExporter):
-    """The body of a notebook's page."""
-
-    def __init__(self, folder: Path):
-        super().__init__(template_name="basic")
-        self.folder = folder
-
-    @pass_context
-    def markdown2html(self, context, source: str) -> str:
-        return _html(source, self.folder)
-
-
 def build(profile: str) -> Path:
-    """Write the report on whatever lies in `results/<profile>/`; return its first page."""
+    """Write the report on whatever lies in `results/<profile>/`; returns its first page."""
     paths.use_profile(profile)
     folder = paths.results() / "report"
     pages = _notebook_pages(folder)
     index = folder / "index.html"
+    contents = [f"<li>{_link(f'{stem}.html', title)}" for stem, title in pages.items()]
     sections = [
         f"<p>What became of the paper's claims when tried again, under the profile {escape(profile)}.</p>",
         _section("Verdicts", "<div class=scroll><table>", _verdicts(pages), "</table></div>"),
-        _section("Notebooks", "<ul class=plain>", _contents(pages), "</ul>"),
+        _section("Notebooks", "<ul class=plain>", contents, "</ul>"),
         _section("Figures", "<div class=gallery>", _figures(), "</div>"),
         _section("Tables", "<div>", _tables(folder), "</div>"),
     ]
@@ -99,13 +79,14 @@ def build(profile: str) -> Path:
 
 
 def _notebook_pages(folder: Path) -> dict[str, str]:
-    """Write a page for every executed notebook; return their titles by stem, in reading order."""
+    """Write a page for every executed notebook; returns their titles by stem, in reading order."""
     files = {stem: paths.results() / "notebooks" / f"{stem}.ipynb" for stem in notebooks.available()}
     books = {stem: nbformat.read(file, as_version=4) for stem, file in files.items() if file.is_file()}
     titles = {stem: book.cells[0].source.partition("\n")[0].lstrip("# ") for stem, book in books.items()}
     stems = list(books)
     for i, stem in enumerate(stems):
-        body, _ = _Exporter(folder).from_notebook_node(books[stem])
+        exporter = HTMLExporter(template_name="basic", filters={"markdown2html": partial(_html, folder=folder)})
+        body, _ = exporter.from_notebook_node(books[stem])
         neighbours = stems[max(i - 1, 0) : i] + stems[i + 1 : i + 2]
         links = [_link("index.html", "Report"), *(_link(f"{near}.html", titles[near]) for near in neighbours)]
         switch = "<input type=checkbox id=code> <label for=code>Show the code</label>"
@@ -114,18 +95,14 @@ def _notebook_pages(folder: Path) -> dict[str, str]:
     return titles
 
 
-def _contents(pages: Mapping[str, str]) -> list[str]:
-    return [f"<li>{_link(f'{stem}.html', title)}" for stem, title in pages.items()]
-
-
 def _verdicts(pages: Container[str]) -> list[str]:
-    """The scoreboard's rows."""
     rows = ["<tr><th><th>Claim or question<th>Verdict<th>Evidence<th>Notebook"]
-    for row in verdicts.scoreboard().itertuples():
-        stems = row.notebook.split(", ")
+    for row in verdicts.scoreboard().to_dict("records"):
+        stems = row["notebook"].split(", ")
         links = " ".join(_link(f"{stem}.html", stem[:2]) if stem in pages else stem[:2] for stem in stems)
-        outcome = f"<td class='outcome {row.outcome}'>{row.outcome}"
-        rows.append(f"<tr><td>{row.id}<td>{escape(row.statement)}{outcome}<td>{escape(row.evidence)}<td>{links}")
+        claim, outcome, evidence = (escape(row[name]) for name in ("statement", "outcome", "evidence"))
+        cells = [row["id"], claim, f"<b class='{outcome}'>{outcome}</b>", evidence, links]
+        rows.append("<tr><td>" + "<td>".join(cells))
     return rows
 
 
@@ -139,7 +116,7 @@ def _figures() -> list[str]:
 
 
 def _tables(folder: Path) -> list[str]:
-    """Every table as its notebook shows it, with a link to the plain numbers."""
+    """Every table as its notebook shows it, with a link to its numbers."""
     return [
         f"<h3>{_words(file)}</h3><div class=scroll>{_html(file.read_text(encoding='utf-8'), folder)}</div>"
         f"<p class=faint>{_link(f'../tables/{file.stem}.csv', 'data')}</p>"

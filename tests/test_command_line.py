@@ -1,21 +1,26 @@
 """The faults a user can make or meet, each of them made: what is said, what is left, what ends with it."""
 
+import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import nbformat
 import psutil
 import pytest
 
 from kure_lib import __main__ as command_line
-from kure_lib import driver as study
-from kure_lib import notebooks, paths
+from kure_lib import driver, notebooks, paths
 from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
+from kure_lib.study import profiles
 
 STEM = "90_tiny"
 PATIENCE = 300  # seconds; a busy machine is slow to start Python, torch and a kernel
@@ -31,6 +36,8 @@ PATIENCE = 300  # seconds; a busy machine is slow to start Python, torch and a k
         (["--profil", "quick"], ["--profil"]),
         (["--jobs", "0"], ["'0'", "above 0"]),
         (["--list", "--test"], ["--list", "--test"]),
+        (["--list", "--lab"], ["--list", "--lab"]),
+        (["--list", "--", "--no-browser"], ["--no-browser", "--lab"]),
     ],
 )
 def test_a_wrong_option_is_one_sentence(argv, names, capsys):
@@ -43,19 +50,21 @@ def test_a_wrong_option_is_one_sentence(argv, names, capsys):
 
 
 def test_the_profiles_of_the_command_line_are_those_of_the_study():
-    assert list(command_line.PROFILES) == list(study.PROFILES)
+    assert list(command_line.PROFILES) == list(profiles.PROFILES)
 
 
-def test_an_unknown_notebook_is_one_sentence(capsys):
-    assert command_line.main(["--only", "77"]) == 1
-    assert capsys.readouterr().err.startswith("Error: There is no notebook '77'")
+@pytest.mark.parametrize("option", ["--only", "--lab"])
+def test_an_unknown_notebook_is_one_sentence(option, capsys):
+    assert command_line.main([option, "77"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Error: There is no notebook '77': choose from 00, 01, ") and said.count("\n") == 1
 
 
 def test_stopping_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "run", interrupted)
+    monkeypatch.setattr(driver, "run", interrupted)
     assert command_line.main(["--profile", "smoke", "--fresh", "--jobs", "2"]) == 130
     assert capsys.readouterr().err.endswith("go on with ./run_all.sh --profile smoke --jobs 2\n")
 
@@ -65,6 +74,75 @@ def test_a_failed_part_fails_the_tests_and_the_last_line_says_which(monkeypatch,
     assert command_line.main(["--test"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "unit tests passed in 0 s, notebooks FAILED in 0 s, smoke study passed in 0 s"
+
+
+# JupyterLab
+
+OPENED = "--LabApp.default_url=/lab/tree/05_target.ipynb"
+
+
+@pytest.mark.parametrize(
+    ("argv", "opened"),
+    [
+        (["--lab"], []),
+        (["--lab", "05"], [OPENED]),
+        (["--lab", "notebooks/05_target.ipynb", "--", "--port", "9000"], [OPENED]),
+        (["--profile", "smoke", "--lab", "--", "--port", "9000"], []),
+    ],
+)
+def test_jupyterlab_is_started_on_the_notebooks_in_the_environment_of_the_study(argv, opened, tmp_path, monkeypatch):
+    for name in ("05_target", "06_step"):
+        (tmp_path / f"{name}.ipynb").touch()
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    for name, value in {"KURE_PROFILE": "quick", "KURE_CHECK": "1", "KURE_RESULTS": "elsewhere"}.items():
+        monkeypatch.setenv(name, value)
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments) or sys.exit())
+    with pytest.raises(SystemExit):
+        command_line.main(argv)
+    (program, command, environment), *others = started
+    assert program == command[0] == sys.executable and not others
+    assert command[1:4] == ["-m", "jupyterlab", f"--ServerApp.root_dir={tmp_path}"]
+    assert [word for word in command if "default_url" in word] == opened
+    assert command[-2:] == ["--port", "9000"] if "--" in argv else "9000" not in command
+    assert "KURE_PROFILE" not in environment and "KURE_CHECK" not in environment
+    assert environment["KURE_RESULTS"] == "elsewhere"
+
+
+def test_jupyterlab_serves_the_notebooks_until_ctrl_c(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--no-browser", "--allow-root", f"--port={port}", "--port-retries=0", "--IdentityProvider.token="]
+    command = [sys.executable, "-m", "kure_lib", "--lab", "00", "--", *options]
+    own = {f"JUPYTER_{name}_DIR": str(tmp_path / name) for name in ("CONFIG", "DATA", "RUNTIME")}
+    environment = {**os.environ, **own, "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path), "JUPYTER_PREFER_ENV_PATH": "0"}
+    kernel = tmp_path / "DATA" / "kernels" / "python3" / "kernel.json"  # the user's own, of another environment
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text('{"argv": ["elsewhere"], "display_name": "Python 3", "language": "python"}')
+    with (
+        (tmp_path / "log").open("w+") as log,
+        notebooks.running(command, cwd=paths.ROOT, env=environment, stdout=log, stderr=log) as process,
+    ):
+        served = json.loads(_answer(f"http://127.0.0.1:{port}/api/contents", process))
+        kernels = json.loads(_answer(f"http://127.0.0.1:{port}/api/kernelspecs", process))
+        process.send_signal(signal.SIGINT)
+        exit_code = process.wait(PATIENCE)
+        log.seek(0)
+        assert f"/lab/tree/{notebooks.available()[0]}.ipynb" in log.read()
+    assert exit_code == 0
+    assert {f"{stem}.ipynb" for stem in notebooks.available()} <= {item["name"] for item in served["content"]}
+    assert kernels["kernelspecs"]["python3"]["spec"]["argv"] != ["elsewhere"]
+
+
+def _answer(address: str, process: subprocess.Popen) -> bytes:
+    """What a server that is about to start answers."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and process.poll() is None:
+        with suppress(OSError), urlopen(address) as answer:
+            return answer.read()
+        time.sleep(0.2)
+    raise TimeoutError(address)
 
 
 # Notebooks
@@ -148,15 +226,17 @@ def test_a_cell_that_fails(write, tmp_path):
     assert not (partial.parent / f"{STEM}.ipynb").exists()
 
 
-def test_a_cell_that_takes_too_long(write):
+def test_a_cell_that_takes_too_long(write, monkeypatch):
+    monkeypatch.setattr(notebooks, "TIMEOUT", 1)
     write("import time\ntime.sleep(60)", VERDICT)
-    assert "took more than 1 s in the cell" in failure(timeout=1)
+    assert "took more than 1 s in the cell" in failure()
 
 
 def test_a_notebook_that_takes_too_long(write, monkeypatch):
+    monkeypatch.setattr(notebooks, "TIMEOUT", 2)
     monkeypatch.setattr(notebooks, "GRACE", 1)
     write("import time", *["time.sleep(1)"] * 4, VERDICT)
-    assert "did not end within 3 s and was stopped" in failure(timeout=2)
+    assert "did not end within 3 s and was stopped" in failure()
 
 
 def test_a_kernel_that_dies(write):
@@ -182,18 +262,14 @@ def test_a_verdict_that_is_not_written_or_not_written_anew(write):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_ends_the_kernel_too(stop, write, tmp_path):
     note = tmp_path / "kernel"
-    write(
-        "import os, pathlib, time",
-        f"_ = pathlib.Path({str(note)!r}).write_text(str(os.getpid()))",
-        "time.sleep(60)",
-    )
+    write("import os, pathlib, time", f"_ = pathlib.Path({str(note)!r}).write_text(str(os.getpid()))", "time.sleep(60)")
     script = f"""
 import signal, sys
 from pathlib import Path
-from kure_lib import __main__ as command_line, driver as study, notebooks, paths
+from kure_lib import __main__ as command_line, driver, notebooks, paths
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 paths.NOTEBOOKS = Path({str(tmp_path)!r})
-study.run = lambda *arguments, **options: notebooks.execute({STEM!r}, "quick")
+driver.run = lambda *arguments, **options: notebooks.execute({STEM!r}, "quick")
 sys.exit(command_line.main(["--profile", "quick"]))
 """
     with notebooks.running([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as process:
@@ -306,7 +382,7 @@ def test_two_starts_at_once_install_once(start, tmp_path):
 def test_python_too_old_or_missing(start, tmp_path):
     _, said = start(TOO_OLD="1").communicate()
     assert said.count("\n") == 1
-    assert "Python 3.11 or newer with venv is needed, and" in said and "is Python 3.9.2" in said
+    assert "Python 3.11 to 3.14 with venv is needed, and" in said and "is Python 3.9.2" in said
     _, said = start(PYTHON="nowhere/python3").communicate()
     assert said.count("\n") == 1 and "nowhere/python3 is missing" in said
     assert not (tmp_path / ".venv").exists()
@@ -328,8 +404,17 @@ def test_conda(start, tmp_path, monkeypatch):
     assert asked(tmp_path) == [environment, *INSTALL, "-m kure_lib --conda"]
 
 
+WITHOUT_PACKAGES = f"""#!/usr/bin/env bash
+[[ $* != *ensurepip* ]] || exit 1  # as on Debian without python3-venv
+exec {sys.executable} -I -S "$@"
+"""
+
+
 def test_help_needs_no_installation(start, tmp_path):
     shutil.copytree(paths.ROOT / "kure_lib", tmp_path / "kure_lib")
-    process = start("--help", PYTHON=sys.executable)
+    bare = tmp_path / "bare"
+    bare.write_text(WITHOUT_PACKAGES)
+    bare.chmod(0o755)
+    process = start("--help", PYTHON=str(bare))
     assert "usage: ./run_all.sh" in process.communicate()[0] and process.returncode == 0
     assert not (tmp_path / ".venv").exists()

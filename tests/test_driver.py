@@ -1,165 +1,112 @@
-"""The plan of each profile, and training it in several processes."""
+"""What is trained and for how long, training in several processes, and a second study on the same results."""
 
-import concurrent.futures
+import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 from filelock import FileLock
 from helpers import TINY, same_weights
 
-from kure_lib import driver as study
-from kure_lib import notebooks, paths
+from kure_lib import driver, engine, notebooks
+from kure_lib.networks import data, device
 from kure_lib.paths import KureError
 from kure_lib.study import records, runs
-from kure_lib.study.plans import ARMS, ASIDE, KURE, Plan, Planned, needed, plan
-from kure_lib.study.profiles import NEEDS, PROFILES
-from kure_lib.training.configs import KureConfig, RunConfig
+from kure_lib.study.plans import KURE, Plan, Planned, plan
+from kure_lib.training.configs import QatConfig, RunConfig
 
-EVERY_PROFILE = pytest.mark.parametrize("profile", PROFILES)
-
-
-# Plans
+# The time that training takes
 
 
-def test_the_profiles_have_the_runs_of_the_design():
-    counts = {name: len(plan(name).runs) for name in PROFILES}
-    tuning = 1 + 2 * 3 + 5 * (3 + 2) + 2 * (4 + 2) + (5 + 2)
-    rivals = 12 * 3 + 2 * 2 * 2 + tuning
-    assert counts == {
-        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2,
-        "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1) + (3 * 3 + 4 + 2 * 2 + 9) + rivals,
-        "imagenet": 3 * 3 + (3 + 1),
-    }
-    main = {arm: len(plan("study").select(arm=arm, part="main")) for arm in ("pretrained", "control", "kure")}
-    assert main == {"pretrained": 8, "control": 8, "kure": 8}
-    assert plan("study").models == ["resnet20", "mobilenet_v2_050"]
-    assert {run.seed for run in plan("study").select(model="resnet20")} == set(range(5))
-    assert {run.seed for run in plan("study").select(model="mobilenet_v2_050")} == set(range(3))
+@pytest.fixture
+def timed(tmp_path, monkeypatch):
+    """Puts records of seconds per epoch in the place of the committed ones; one run at a time would be trained."""
+    monkeypatch.setattr(driver, "COMMITTED", tmp_path)
+    monkeypatch.setattr(driver, "workers", lambda: 1)
+    monkeypatch.setattr(device, "precision", lambda: "bfloat16")
+
+    def write(seconds, precision="bfloat16", **settings):
+        config = run(**settings)
+        record = {"config": config.model_dump(mode="json", by_alias=True), "curves": {"seconds": seconds},
+                  "provenance": {"precision": precision}}  # fmt: skip
+        (tmp_path / f"{config.key}-{precision}.json").write_text(json.dumps(record))
+
+    return write
 
 
-@EVERY_PROFILE
-def test_every_run_comes_after_its_start_and_once(profile):
-    seen = set()
-    for run in plan(profile).runs:
-        assert run.config.start is None or run.config.start in seen
-        seen.add(run.config)
-        assert (run.model, run.seed) == (run.config.model, run.config.seed)
-        assert run.arm in ARMS or run.part in ("rivals", "tuning")
-    assert len(seen) == len({config.key for config in seen}) == len({c.label for c in seen}) == len(plan(profile).runs)
+def run(**settings) -> RunConfig:
+    return RunConfig(**{"model": "resnet20", "epochs": 3, "learning_rate": 0.1, "weight_decay": 0, **settings})
 
 
-@EVERY_PROFILE
-def test_control_and_kure_differ_in_the_regularizer_alone(profile):
-    """Q8: equal start, epochs, learning rate and weight decay in every arm."""
-    runs = [run for run in plan(profile).runs if run.part != "tuning"]
-    controls = {run.config for run in runs if run.arm == "control"}
-    kure = {run.config for run in runs if run.arm == "kure"}
-    assert controls and all(config.regularizer is None and config.start.regularizer is None for config in controls)
-    assert {config.model_copy(update={"regularizer": KURE}) for config in controls} <= kure
-    assert {config.model_copy(update={"regularizer": None}) for config in kure} == controls
+LSQ = QatConfig.named("lsq 4/4")
 
 
-@EVERY_PROFILE
-def test_contenders_differ_from_the_control_in_their_method_and_weight_decay_alone(profile):
-    planned = plan(profile)
-    for run in planned.select(part="rivals"):
-        (control,) = planned.select(model=run.model, arm="control", part="main", seed=run.seed)
-        same = {"rival": None, "regularizer": None, "weight_decay": control.config.weight_decay}
-        assert run.config != control.config and run.config.model_copy(update=same) == control.config
+def test_the_time_is_estimated_from_records_of_the_same_kind(timed):
+    timed([60.0, 120.0, 600.0])  # seconds; their median is 2 min
+    timed([5.0] * 9, precision="float32")
+    timed([300.0], quantization=LSQ)
+    timed([7.0] * 9, model="mobilenet_v2_050")
+    assert driver._duration([run(epochs=4)]) == "about 8 min with 1 at a time"
+    assert driver._duration([run(epochs=4, quantization=LSQ)]) == "about 20 min with 1 at a time"
+    assert driver._duration([run(), run(seed=1), run(quantization=LSQ)]) == "about 27 min with 1 at a time"
 
 
-def test_every_contender_is_tuned_on_the_same_images_and_never_on_those_it_is_tested_on():
-    planned = plan("study")
-    tuned, tested = planned.select(part="tuning"), planned.select(part="rivals")
-    assert {(run.config.held_out, run.config.train_size) for run in tuned if run.config.start} == {(10_000, 25_000)}
-    assert all(run.config.start is None or run.config.start.held_out == 10_000 for run in tuned)
-    for run in (run for run in tested if run.seed == 0 and run.model == "resnet20"):
-        chosen = {"start": None, "held_out": 0, "train_size": None}
-        assert run.arm not in {t.arm for t in tuned} or run.config.model_copy(update={"start": None}) in {
-            t.config.model_copy(update=chosen) for t in tuned}  # fmt: skip
+def test_the_time_grows_with_the_number_of_training_images(timed):
+    timed([120.0], train_size=30_000)
+    timed([200.0], seed=1, held_out=10_000)  # of 60,000: as many seconds for an image
+    assert driver._duration([run(epochs=1)]) == "about 4 min with 1 at a time"
+    assert driver._duration([run(epochs=10, train_size=15_000)]) == "about 10 min with 1 at a time"
 
 
-@EVERY_PROFILE
-def test_scratch_differs_from_pretraining_in_the_regularizer_alone(profile):
-    planned = plan(profile)
-    for run in planned.select(arm="scratch"):
-        (pretrained,) = planned.select(model=run.model, arm="pretrained", seed=run.seed)
-        assert run.config.model_copy(update={"regularizer": None}) == pretrained.config
+def test_where_no_record_is_of_the_same_kind_those_of_the_network_tell_the_time(timed):
+    timed([60.0], precision="float32")
+    timed([120.0], precision="float32", regularizer=KURE)
+    timed([180.0], precision="float32", quantization=LSQ)
+    assert driver._duration([run(epochs=1)]) == "about 2 min with 1 at a time"
 
 
-def test_profiles_differ_in_scale():
-    assert all(run.config.train_size == 2048 for run in plan("smoke").runs)
-    for profile in ("quick", "study"):
-        whole = [run.config for run in plan(profile).runs if run.part != "tuning"]
-        assert all(config.train_size is None and config.data == "fashion_mnist" for config in whole)
-    for run in plan("imagenet").runs:
-        pretraining = run.config.start or run.config
-        assert pretraining.pretrained and pretraining.epochs == 0 and run.config.data == "imagenet"
-        assert (run.config.learning_rate, run.config.decay_every) == (1e-3, 30)
+def test_every_data_set_has_a_number_of_training_images():
+    assert set(driver.TRAINING_IMAGES) == set(data.SOURCES)
+    assert len(data.load("fashion_mnist", "train")) == driver.TRAINING_IMAGES["fashion_mnist"]
 
 
-def test_an_unknown_profile_is_told_the_known_ones():
-    with pytest.raises(KureError, match=r"'huge'.*smoke, quick, study, imagenet"):
-        plan("huge")
+def test_several_workers_share_the_time(timed, monkeypatch):
+    timed([60.0])
+    monkeypatch.setattr(driver, "workers", lambda: 4)
+    assert driver._duration([run(epochs=8)]) == "about 2 min with 4 at a time"
 
 
-def test_selecting_kure_means_the_papers_setting_unless_one_is_named():
-    planned = plan("study")
-    assert {run.config.regularizer for run in planned.select(arm="kure")} == {KURE}
-    (swept,) = planned.select(arm="kure", target=3.0, seed=1)
-    assert swept.config.regularizer == KureConfig(target=3.0) and swept.model == "resnet20"
-    found = planned.select(arm="kure", coefficient=0.1, seed=0)
-    assert [run.model for run in found] == ["resnet20", "mobilenet_v2_050"]
-    assert [run.seed for run in planned.select(model="resnet20", arm="control")] == [0, 1, 2, 3, 4]
-    assert len(planned.select(part="target", arm="kure")) == 18
-    assert planned.select(arm="kure", target=7.5) == []
-    assert planned.select() == [run for run in planned.runs if not run.quantizer and run.part not in ASIDE]
-    assert {run.config.held_out for run in planned.select(arm="kure")} == {0}
+def test_the_time_of_a_network_without_a_record_is_unknown(timed):
+    timed([60.0])
+    timed([], model="resnet18", data="imagenet", epochs=0)
+    said = driver._duration([run(), run(model="resnet18", data="imagenet"), run(model="resnet50", epochs=0)])
+    assert said == "an unknown time: no record of resnet18 on imagenet says how long an epoch takes"
 
 
-def test_quantized_training_is_selected_by_its_quantizer():
-    planned = plan("study")
-    harder = ["dorefa 3/3", "lsq 3/3", "dorefa 5/8", "dorefa 6/6", "lsq 4/8", "lsq 6/6"]
-    assert planned.quantizers("resnet20") == ["dorefa 4/4", "lsq 4/4", *harder]
-    assert planned.quantizers("mobilenet_v2_050") == ["dorefa 4/8", "lsq 4/8"]
-    found = planned.select(model="resnet20", arm="kure", quantizer="lsq 4/4")
-    assert [run.seed for run in found] == [0, 1, 2] and {run.part for run in found} == {"qat"}
-    assert {run.config.quantization.method for run in found} == {"lsq"}
-    assert planned.select(quantizer="lsq 2/2") == []
+def test_every_run_is_listed_with_its_state(results_folder, timed):
+    said = driver.describe("imagenet").splitlines()
+    labels = [run.config.label for run in plan("imagenet").runs]
+    assert [line.split()[:3] for line in said[:-2]] == [["to", "train", label] for label in labels]
+    assert said[-2] == "0 of 13 runs are on record."
+    assert said[-1].startswith("Training the others takes an unknown time: no record of mobilenet_v2 on imagenet, ")
+    assert len(driver.describe("imagenet", only=["07"]).splitlines()) == 9 + 2, "the main arms of three networks"
+    with pytest.raises(KureError, match="no notebook '77'"):
+        driver.describe("imagenet", only=["77"])
 
 
-def test_a_sweep_is_completed_by_the_main_runs_of_its_networks_and_seeds():
-    sweep = plan("study").sweep("target")
-    labels = [(run.arm, run.config.regularizer.target if run.config.regularizer else None) for run in sweep.runs]
-    assert labels == [
-        *[("pretrained", None)] * 3, *[("control", None)] * 3,
-        *[("kure", target) for target in (1.4, 1.6, 1.8, 2.4, 3.0, 4.0, 6.0) for _ in range(3)],
-    ]  # fmt: skip
-    assert [run.seed for run in sweep.runs] == [0, 1, 2] * 9
-    assert sweep.models == ["resnet20"] and plan("study").sweep("coefficient").models == plan("study").models
-    assert plan("quick").sweep("coefficient").models == ["resnet20"]
-    assert plan("quick").sweep("scratch").runs == ()
-
-
-def test_notebooks_name_the_runs_they_need():
-    planned = plan("study")
-    assert needed(planned, []).runs == needed(planned, ["01_step_size_sensitivity"]).runs == ()
-    assert {run.part for run in needed(planned, ["07_bit_width_robustness_ptq"]).runs} == {"main"}
-    every = needed(planned, [f"{number:02}_x" for number in range(14)])
-    assert every == planned, "a run that no notebook reads"
-    for stem in NEEDS:
-        chosen = {run.config for run in needed(planned, [stem]).runs}
-        assert all(config.start is None or config.start in chosen for config in chosen)
-
-
-def test_opening_a_profile_makes_it_the_ambient_one(results_folder):
-    assert study.open("smoke") == plan("smoke")
-    assert paths.results() == results_folder.parent / "smoke"
+def test_workers_take_turns_with_the_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in driver._places(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8a")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in driver._places(3)] == ["5", "GPU-8a", "5"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert driver._places(2) == [{}, {}]
 
 
 # Training in several processes
@@ -183,27 +130,26 @@ def workers(environment, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pools = []
 
-    class Recorded(concurrent.futures.ProcessPoolExecutor):
+    class Recorded(ProcessPoolExecutor):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             pools.append(self)
 
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Recorded)
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", Recorded)
     return pools
 
 
 def test_two_workers_train_what_one_process_does_bit_for_bit(results_folder, workers, monkeypatch, capsys):
     planned = tiny_plan()
-    study.train(planned, jobs=2)
+    driver.train(planned, jobs=2)
     said = capsys.readouterr().out
     assert all(f"{run.config.label} epoch 1/1: loss " in said for run in planned.runs)
-    trained = [runs.find(run.config) for run in planned.runs]
+    trained = [records.find(run.config) for run in planned.runs]
     assert all(trained)
     assert not multiprocessing.active_children()
 
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", None)
-    study.train(planned, jobs=2)  # nothing is missing: no process is started
-    assert "0 min" in study.describe(planned) and study.describe(planned).count("on record ") == 3
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", None)
+    driver.train(planned, jobs=2)  # nothing is missing: no process is started
 
     monkeypatch.setenv("KURE_RESULTS", str(results_folder.parent / "here"))
     for run, record in zip(planned.runs, trained, strict=True):
@@ -219,17 +165,17 @@ def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_fol
 
     def kill():
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (runs.find(control) and records.checkpoint_path(kure).exists()):
+        while time.monotonic() < deadline and not (records.find(control) and records.checkpoint_path(kure).exists()):
             time.sleep(0.1)
-        time.sleep(1)  # the study has seen by now that the control is done
+        time.sleep(1)  # the driver has seen by now that the control is done
         os.kill(next(iter(workers[0]._processes)), signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(KureError, match=rf"A process that trained {kure.label} was killed.*from its last epoch"):
-        study.train(planned, jobs=2)
+    with pytest.raises(KureError, match=rf"The process of {kure.label} was killed.*from its last epoch"):
+        driver.train(planned, jobs=2)
     killer.join()
-    assert runs.find(first) and runs.find(control) and not runs.find(kure)
+    assert records.find(first) and records.find(control) and not records.find(kure)
     assert records.checkpoint_path(kure).exists()
     deadline = time.monotonic() + 20
     while multiprocessing.active_children() and time.monotonic() < deadline:
@@ -240,16 +186,16 @@ def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_fol
 def test_an_error_in_a_worker_reaches_the_user(results_folder, workers):
     broken = RunConfig(model="resnet20", **{**BASE, "learning_rate": 1e12})
     with pytest.raises(KureError, match=rf"Training {broken.label} diverged"):
-        study.train(Plan("trial", (Planned("resnet20", "pretrained", "main", broken),)), jobs=1)
+        driver.train(Plan("trial", (Planned("resnet20", "pretrained", "main", broken),)), jobs=1)
 
 
 def test_a_second_study_on_the_same_results_is_refused(results_folder, monkeypatch):
     monkeypatch.setattr(notebooks, "available", lambda: [])
     folder = results_folder.parent / "smoke"
     folder.mkdir()
-    monkeypatch.setattr(study, "train", lambda *arguments: pytest.fail("this must not train"))
+    monkeypatch.setattr(driver, "train", lambda *arguments: pytest.fail("this must not train"))
     with (
         FileLock(folder / "study.lock"),
         pytest.raises(KureError, match=rf"Another study is writing to {folder}: wait until it is done, or stop it"),
     ):
-        study.run("smoke")
+        driver.run("smoke")

@@ -36,6 +36,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path, monkeypatch)
 
     def fsync(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(KureError, match=r"record\.json \(No space left on device\)"):
         files.write_atomically(file, "new")
@@ -49,6 +50,7 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
 
     def replace(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(file, "new")

@@ -3,25 +3,33 @@
 import ast
 import hashlib
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from functools import cache
-from importlib.metadata import packages_distributions, version
+from importlib import import_module
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from kure_lib.findings import verdicts
 from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 
 MODULES = sorted((ROOT / "kure_lib").rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ADMITTED = SpecifierSet(PROJECT["project"]["requires-python"])
+MINORS = [minor for minor in (f"3.{number}" for number in range(100)) if f"{minor}.0" in ADMITTED]
+INSTALLED = {canonicalize_name(package.name): package for package in distributions()}
 
 
+@cache
 def pins() -> dict[str, Requirement]:
     """The lines of requirements.txt by package."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
@@ -48,28 +56,83 @@ def imported(file: Path) -> set[str]:
     return names
 
 
+def run(*command: str) -> subprocess.CompletedProcess:
+    """What a Python module says when it is run in the root with these arguments."""
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+
+
 # The environment
 
 
 def test_every_package_is_pinned_exactly_and_once():
     lines = re.findall(r"^[^#\n].*", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    exact = r"[a-z0-9-]+==[\w.]+(; sys_platform != 'win32')?"
+    exact = r"[a-z0-9-]+==[\w.]+(; (sys_platform|python_version) [!=]= '[\w.]+')?"
     assert [line for line in lines if not re.fullmatch(exact, line)] == []
     assert len(lines) == len(pins())
 
 
 def test_pip_conda_and_the_package_share_the_pins():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["dynamic"] == ["dependencies"]
-    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": "requirements.txt"}
+    assert PROJECT["project"]["dynamic"] == ["dependencies"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": "requirements.txt"}
     python, pip, packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert packages == {"pip": ["-r requirements.txt"]} and pip == "pip"
-    assert python.startswith(f"python {project['project']['requires-python']}")
+    assert python in [f"python={minor}" for minor in MINORS]  # one version, because repo2docker reads no ranges
 
 
 def test_these_tests_run_with_the_pinned_versions():
-    wrong = {name: version(name) for name, pin in pins().items() if not pin.specifier.contains(version(name))}
-    assert not wrong
+    here = {name: pin for name, pin in pins().items() if not pin.marker or pin.marker.evaluate()}
+    assert {
+        name: INSTALLED[name].version for name, pin in here.items() if INSTALLED[name].version not in pin.specifier
+    } == {}
+
+
+def test_every_pin_suits_every_python_that_is_admitted():
+    assert MINORS, "no Python is admitted"
+    refused = {}
+    for name in pins().keys() & INSTALLED.keys():
+        suited = SpecifierSet(INSTALLED[name].metadata["Requires-Python"] or "")
+        for python in (f"{minor}.{patch}" for minor in MINORS for patch in (0, 99)):
+            if python in ADMITTED and python not in suited:
+                refused[name] = python
+    assert refused == {}
+
+
+def test_the_script_looks_for_the_pythons_that_are_admitted():
+    names = " ".join(f"python{minor}" for minor in reversed(MINORS))
+    assert f"candidates=(python3 {names})" in (ROOT / "run_all.sh").read_text()
+
+
+def needed(python: str, system: str) -> dict[str, set[str]]:
+    """What the pins need under a version of Python on a system, with what that needs in turn, and what needs it.
+
+    Of packages that are not installed here, because only other machines need them, nothing is known.
+    """
+    names = {"linux": ("posix", "Linux"), "darwin": ("posix", "Darwin"), "win32": ("nt", "Windows")}[system]
+    machine = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": system}
+    machine |= dict(zip(("os_name", "platform_system"), names, strict=True))
+
+    def holds(requirement: Requirement, extra: str = "") -> bool:
+        return not requirement.marker or requirement.marker.evaluate({**machine, "extra": extra})
+
+    waiting = [(name, "") for name, pin in pins().items() if holds(pin)]
+    seen, found = set(waiting), {}
+    while waiting:
+        name, extra = waiting.pop()
+        requirements = map(Requirement, INSTALLED[name].requires or []) if name in INSTALLED else ()
+        for requirement in (each for each in requirements if holds(each, extra)):
+            package = canonicalize_name(requirement.name)
+            found.setdefault(package, set()).add(name)
+            new = {(package, each) for each in ("", *requirement.extras)} - seen
+            seen |= new
+            waiting += new
+    return {package: by for package, by in found.items() if package not in pins() or not holds(pins()[package])}
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin", "win32"])
+@pytest.mark.parametrize("python", MINORS)
+def test_what_a_pin_needs_is_pinned_too(python, system):
+    of_the_gpu = r"(nvidia|cuda)-.*|triton"  # torch pins them itself
+    assert {name: by for name, by in needed(python, system).items() if not re.fullmatch(of_the_gpu, name)} == {}
 
 
 def test_everything_imported_is_pinned():
@@ -91,10 +154,41 @@ def test_imports_between_packages_go_down():
     assert linted.returncode == 0, linted.stdout
 
 
-def test_the_linter_has_nothing_to_say():
-    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise"]
-    checked = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
+def test_types_agree_and_are_complete():
+    checked = run("mypy")
     assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("hook", "without_writing", "files"),
+    [
+        ("ruff-check", ["--no-cache", "--output-format", "concise"], ["."]),
+        ("ruff-format", ["--no-cache", "--check"], ["."]),
+        ("nbstripout", ["--verify"], [str(file) for file in sorted(NOTEBOOKS.glob("*.ipynb"))]),
+    ],
+)
+def test_the_files_are_as_the_hooks_leave_them(hook, without_writing, files):
+    (own,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (entry,) = [each["entry"] for each in own["hooks"] if each["id"] == hook]
+    checked = run(*shlex.split(entry), *without_writing, *files)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_hooks_can_be_read():
+    checked = run("pre_commit", "validate-config")
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_pytest_without_arguments_finds_all_tests_and_doctests_and_no_benchmark():
+    collected = run("pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
+    assert collected.returncode == 0, collected.stdout
+    files = {line.partition("::")[0] for line in collected.stdout.splitlines() if "::" in line}
+    tests = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")}
+    benchmarks = {file for file in tests if file.startswith("tests/benchmarks/")}
+    assert {file for file in files if file.startswith("tests/benchmarks/")} == set()
+    assert benchmarks and tests - benchmarks <= files
+    doctests = {str(file.relative_to(ROOT)) for file in MODULES if "\n    >>> " in file.read_text(encoding="utf-8")}
+    assert doctests and doctests <= files
 
 
 # The files
@@ -112,7 +206,7 @@ def texts() -> dict[Path, str]:
     """What a reader of the repository can read, this file apart, which must name what is forbidden."""
     folders = ["*", ".ci/*", "kure_lib/**/*", "notebooks/*", "tests/**/*", "results/study/*/*"]
     files = {file for folder in folders for file in ROOT.glob(folder) if file.is_file()}
-    readable = {".py", ".sh", ".md", ".txt", ".toml", ".yml", ".ipynb", ".json", ".csv", ""}
+    readable = {".py", ".sh", ".md", ".txt", ".toml", ".yml", ".yaml", ".ipynb", ".json", ".csv", ""}
     chosen = (file for file in sorted(files) if file.suffix in readable and file.name != Path(__file__).name)
     return {file.relative_to(ROOT): file.read_text(encoding="utf-8") for file in chosen}
 
@@ -132,14 +226,29 @@ def test_no_file_names(what, pattern):
 README = ROOT / "README.md"
 
 
-@pytest.mark.skipif(not README.exists(), reason="the README is not written yet")
-def test_the_readme_points_at_what_is_there_and_lists_every_notebook():
-    targets = {target for target in re.findall(r"\]\(([^)\s#]+)", README.read_text()) if "://" not in target}
-    assert {target for target in targets if not (ROOT / target).exists()} == set()
-    assert {f"notebooks/{file.name}" for file in NOTEBOOKS.glob("*.ipynb")} <= targets
+def targets(document: Path) -> set[str]:
+    """The files and folders a document links to."""
+    found = re.findall(r"\]\(([^)\s#]+)", document.read_text(encoding="utf-8"))
+    return {target for target in found if "://" not in target}
 
 
-@pytest.mark.skipif(not README.exists(), reason="the README is not written yet")
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_a_document_points_at_what_is_there(name):
+    assert {target for target in targets(ROOT / name) if not (ROOT / target).exists()} == set()
+
+
+def test_the_readme_lists_every_notebook():
+    notebooks = {f"notebooks/{file.name}" for file in NOTEBOOKS.glob("*.ipynb")}
+    assert notebooks and notebooks <= targets(README)
+
+
+def test_names_in_the_advice_to_contributors_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = re.findall(r"`(\w+/\w+)\.(\w+)`", text)
+    modules = {path: import_module(f"kure_lib.{path.replace('/', '.')}") for path, _ in names}
+    assert names and [f"{path}.{name}" for path, name in names if not hasattr(modules[path], name)] == []
+
+
 def test_the_scoreboard_of_the_readme_is_the_committed_one(monkeypatch):
     monkeypatch.setenv("KURE_PROFILE", "study")
     monkeypatch.setenv("KURE_CHECK", "1")

@@ -1,18 +1,16 @@
-"""One look for every figure and table, each kept beside the data it shows; means with their intervals."""
+"""One look for every figure and table, each kept beside the data it shows."""
 
 import io
-import math
 import platform
-import re
 from importlib.metadata import version
-from statistics import fmean, stdev
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import torch
 from IPython.display import Image, Markdown, display
-from scipy.stats import t as student_t
 
 from kure_lib import files, paths
 from kure_lib.networks import device
@@ -22,7 +20,7 @@ FIGURE_SIZE = (8.0, 4.5)  # inches
 DPI = 150
 
 # One look per thing in every notebook: Okabe and Ito's colours, and line styles that survive greyscale.
-LINE = {
+LINE: dict[str, dict[str, Any]] = {
     # training arms
     "pretrained": {"color": "#7F7F7F", "linestyle": "-.", "marker": "^"},
     "control": {"color": "#E69F00", "linestyle": "--", "marker": "s"},
@@ -74,13 +72,28 @@ NAME = {
 
 def style() -> None:
     """Set matplotlib's defaults: one size, a light grid, fonts that can be read at half the printed size."""
-    plt.rcParams.update({
-        "figure.figsize": FIGURE_SIZE, "figure.constrained_layout.use": True,
-        "font.family": "DejaVu Sans", "font.size": 14, "axes.titlesize": 14, "axes.labelsize": 14,
-        "xtick.labelsize": 13, "ytick.labelsize": 13, "legend.fontsize": 13, "legend.frameon": False,
-        "lines.linewidth": 2.0, "lines.markersize": 7.0, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.8, "axes.axisbelow": True,
-    })
+    plt.rcParams.update(
+        {
+            "figure.figsize": FIGURE_SIZE,
+            "figure.constrained_layout.use": True,
+            "font.family": "DejaVu Sans",
+            "font.size": 14,
+            "axes.titlesize": 14,
+            "axes.labelsize": 14,
+            "xtick.labelsize": 13,
+            "ytick.labelsize": 13,
+            "legend.fontsize": 13,
+            "legend.frameon": False,
+            "lines.linewidth": 2.0,
+            "lines.markersize": 7.0,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#DDDDDD",
+            "grid.linewidth": 0.8,
+            "axes.axisbelow": True,
+        }
+    )
 
 
 def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = files.RELATIVE_TOLERANCE) -> None:
@@ -117,76 +130,21 @@ def table(
     display(Markdown(text))
 
 
-def mean_interval(values, level: float = 0.95) -> tuple[float, float]:
-    """The mean and the half-width of its Student-t confidence interval; nan for a single value.
+def band(axis: plt.Axes, frame: pd.DataFrame, x: str, y: str, name: str = "", **line: Any) -> None:
+    """Draw the mean of `y` over `x` as a line, in a band from the smallest to the largest value over seeds.
 
-    Raises `KureError` if there are no values.
-
-    >>> mean, half_width = mean_interval([91.0, 92.0, 93.0])
-    >>> f"{mean:.1f} ± {half_width:.2f}"
-    '92.0 ± 2.48'
+    Args:
+        axis: Where to draw.
+        frame: One row a measurement.
+        x: Column of the horizontal axis.
+        y: Column of the vertical axis.
+        name: Key of `LINE` and `NAME`: the look of the line and its label.
+        **line: Properties of the line that differ from the look.
     """
-    values = [float(value) for value in values]
-    if not values:
-        raise KureError("No values to average: check which runs were selected.")
-    if len(values) == 1:
-        return values[0], math.nan
-    half_width = student_t.ppf((1 + level) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return fmean(values), float(half_width)
-
-
-def paired_interval(a, b, level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of the differences a − b of runs paired by seed.
-
-    Raises `KureError` if the two do not pair.
-
-    >>> paired_interval([92.0, 93.0], [91.0, 92.0])
-    (1.0, 0.0)
-    """
-    a, b = list(a), list(b)
-    if len(a) != len(b):
-        raise KureError(f"Cannot pair {len(a)} values with {len(b)}: give one a seed, in the same order.")
-    return mean_interval([x - y for x, y in zip(a, b, strict=True)], level)
-
-
-def format_interval(values, digits: int = 1, sign: bool = False) -> str:
-    """A mean with its 95 % interval; one value alone is only indicative. `sign` shows the plus of a gain.
-
-    >>> format_interval([91.0, 92.0, 93.0]), format_interval([0.25], digits=2, sign=True)
-    ('92.0 ± 2.5', '+0.25 (indicative)')
-    """
-    mean, half_width = mean_interval(values)
-    shown = f"{mean:{'+' if sign else ''}.{digits}f}"
-    return f"{shown} (indicative)" if math.isnan(half_width) else f"{shown} ± {half_width:.{digits}f}"
-
-
-def pivot(
-    frame: pd.DataFrame, rows: list[str], columns: str, value: str = "top1", digits: int = 1, sign: bool = False
-) -> pd.DataFrame:
-    """A tidy frame as a table of means with intervals over what is neither in `rows` nor in `columns`.
-
-    Rows and columns keep the order in which they first appear; networks and arms get the names readers see.
-    """
-    groups = frame.groupby([*rows, columns], sort=False, dropna=False)[value]
-    cells = groups.agg(lambda values: format_interval(values, digits, sign)).unstack(columns, sort=False)
-    return cells.rename(index=NAME, columns=NAME).rename_axis(index={"model": "network", "method": "arm"})
-
-
-def gain(frame: pd.DataFrame, keys: list[str], value: str = "top1") -> pd.DataFrame:
-    """KURE minus its control, paired by seed: one row for each combination of `keys` and seed, column `gain`."""
-    wide = frame.pivot_table(index=[*keys, "seed"], columns="method", values=value, sort=False)
-    return (wide["kure"] - wide["control"]).rename("gain").reset_index()
-
-
-def band(axis: plt.Axes, frame: pd.DataFrame, x: str, y: str, name: str | None = None, **line) -> None:
-    """Draw the mean of column `y` at each `x` as a line, and its range over seeds as a band around it.
-
-    `name` gives the look of `LINE` and the label of `NAME`; what `line` says goes before both.
-    """
-    line = LINE.get(name, {}) | {"label": NAME.get(name, name)} | line
-    spread = frame.groupby(x)[y].agg(["mean", "min", "max"])
-    axis.plot(spread.index, spread["mean"], **line)
-    axis.fill_between(spread.index, spread["min"], spread["max"], color=line["color"], alpha=0.2, linewidth=0)
+    look = LINE.get(name, {}) | {"label": NAME.get(name, name)} | line
+    labels = {"xlabel": axis.get_xlabel(), "ylabel": axis.get_ylabel()}  # seaborn would write the columns' names there
+    sns.lineplot(frame, x=x, y=y, errorbar=("pi", 100), ax=axis, legend=False, err_kws={"linewidth": 0}, **look)
+    axis.set(**labels)
 
 
 def environment() -> None:
@@ -213,15 +171,14 @@ def _csv(frame: pd.DataFrame) -> str:
 
 def _markdown(frame: pd.DataFrame) -> str:
     """A Markdown table; columns of numbers are aligned to the right, a missing value is a dash."""
-    frame = _flat(frame)
-    columns = [[_cell(value) for value in frame.iloc[:, i]] for i in range(frame.shape[1])]
-    numeric = [all(re.match(r"[+-]?\d|–", cell) for cell in column) for column in columns]
-    ruling = ["---:" if is_numeric else "---" for is_numeric in numeric]
-    lines = [[_cell(name) for name in frame.columns], ruling, *zip(*columns, strict=True)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    cells = _flat(frame).map(_cell)
+    numeric = [column.str.match(r"[+-]?\d|–").all() for _, column in cells.items()]
+    alignment = ["right" if is_numeric else "left" for is_numeric in numeric]
+    names = [_cell(name) for name in cells.columns]
+    return f"{cells.to_markdown(headers=names, index=False, disable_numparse=True, colalign=alignment)}\n"
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
     if pd.isna(value):
         return "–"
     return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value).replace("|", r"\|")

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -75,9 +75,7 @@ def scoreboard() -> pd.DataFrame:
     rows = []
     for claim in claims().values():
         verdict = {"outcome": "not tested", "evidence": ""} | _read(claim.id)
-        rows.append(verdict | {
-            "id": claim.id, "statement": claim.statement, "notebook": ", ".join(claim.notebooks),
-        })
+        rows.append(verdict | {"id": claim.id, "statement": claim.statement, "notebook": ", ".join(claim.notebooks)})
     return pd.DataFrame(rows, columns=["id", "statement", "outcome", "evidence", "notebook"])
 
 
@@ -88,9 +86,9 @@ def scoreboard_markdown(folder: str = "notebooks/") -> str:
     totals = ", ".join(f"{outcome} {counts.get(outcome, 0)}" for outcome in OUTCOMES)
     lines = [f"{len(board)} claims and questions (profile `{paths.profile()}`): {totals}.", ""]
     lines += ["| id | claim or question | verdict | evidence | notebook |", "| --- | --- | --- | --- | --- |"]
-    for row in board.itertuples():
-        links = " ".join(_link(stem, folder) for stem in row.notebook.split(", "))
-        cells = (row.id, row.statement, f"**{row.outcome}**", row.evidence, links)
+    for id, statement, outcome, evidence, notebook in board.itertuples(index=False, name=None):
+        links = " ".join(_link(stem, folder) for stem in notebook.split(", "))
+        cells = (id, statement, f"**{outcome}**", evidence, links)
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -150,6 +148,6 @@ def _link(stem: str, folder: str) -> str:
     return f"[{stem[:2]}]({folder}{stem}.ipynb)" if exists else stem[:2]
 
 
-def _require(kind: str, name: str, allowed) -> None:
+def _require(kind: str, name: str, allowed: Iterable[str]) -> None:
     if name not in allowed:
         raise KureError(f"Unknown {kind} {name!r}: choose one of {', '.join(allowed)}.")

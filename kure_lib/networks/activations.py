@@ -22,7 +22,7 @@ def replaced(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Iter
     uses: Counter[str] = Counter()
     handles = [model.register_forward_pre_hook(lambda *_: uses.clear())]
 
-    def hook_for(name: str):
+    def hook_for(name: str) -> Callable:
         def hook(module, inputs, output):
             site = f"{name}:{uses[name]}"
             uses[name] += 1

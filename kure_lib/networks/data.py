@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -171,7 +171,12 @@ def _imagenet(train: bool) -> FolderSplit:
     return FolderSplit(root / ("train" if train else "val"), train)
 
 
-SOURCES = {"fashion_mnist": _fashion_mnist, "cifar10": _cifar10, "imagenet": _imagenet}
+#: Data sets by name, each giving its training or its test images.
+SOURCES: dict[str, Callable[[bool], Split]] = {
+    "fashion_mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "imagenet": _imagenet,
+}
 
 
 def unpack_fashion_mnist(source: Path = DATA) -> Path:

@@ -1,6 +1,7 @@
 """Kernels that make small networks fast to train on a processor: depthwise convolutions, and a gradient's layout."""
 
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,14 @@ class DepthwiseConv2d(nn.Conv2d):
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, stride):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         return torch.conv2d(x, weight.to(x.dtype), None, stride, 1, 1, len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         wide = torch.float32 if ctx.stride == 2 else x.dtype

@@ -18,12 +18,13 @@ CLEARLY = 1.3  # times as fast: what bfloat16 must be to be worth its rounding
 
 
 def device() -> torch.device:
+    """The first GPU that PyTorch sees, else the processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @cache
 def precision() -> str:
-    """`bfloat16` where the machine multiplies it natively and clearly faster than `float32`, else the latter."""
+    """`bfloat16` where the machine multiplies it natively and clearly faster than float32, else `float32`."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -31,7 +32,7 @@ def precision() -> str:
 
 
 def _product_speedup(dtype: torch.dtype, size: int = 512, rounds: int = 5) -> float:
-    """How many times as fast as in float32 a matrix product is: some processors have slow bfloat16 units."""
+    """The speed of a matrix product relative to float32; some processors have slow bfloat16 units."""
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(size, size, dtype=dtype)
@@ -41,12 +42,13 @@ def _product_speedup(dtype: torch.dtype, size: int = 512, rounds: int = 5) -> fl
 
 
 def autocast() -> torch.autocast:
-    """Matrix products in `precision()`, everything else in float32."""
+    """A block that computes matrix products in `precision()` and everything else in float32."""
     return torch.autocast(device().type, torch.bfloat16, enabled=precision() == "bfloat16")
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
+    """A block in which PyTorch computes on one thread, so that sums do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -56,6 +58,7 @@ def single_thread() -> Iterator[None]:
 
 
 def provenance() -> dict[str, Any]:
+    """Versions, machine, arithmetic and commit, as a record keeps them."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     place = device()
     return {

@@ -10,16 +10,16 @@ from kure_lib.paths import KureError
 
 
 def regularized_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Every convolution but the first, by name: the layers the authors' code regularizes.
+    """Every convolution but the first, by name, as in the authors' code.
 
-    19 in torchvision's ResNet-18, 51 in its MobileNet-V2, 52 in its ResNet-50.
+    There are 19 in torchvision's ResNet-18, 51 in its MobileNet-V2 and 52 in its ResNet-50.
     """
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     return dict(list(convolutions.items())[1:])
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution and linear layer but the first and the last, by name: what the paper quantizes."""
+    """Every convolution and linear layer but the first and the last, by name, as in the paper."""
     weighted = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     return dict(list(weighted.items())[1:-1])
 
@@ -31,7 +31,7 @@ def latent_weight(layer: nn.Module) -> Tensor:
 
 @contextmanager
 def restored(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """After the block the layers' weights are plain parameters again, the same objects in the same order.
+    """A block in which the layers' weights may be parametrized; afterwards they are the same plain parameters again.
 
     Raises `KureError` if one of them is parametrized already.
     """

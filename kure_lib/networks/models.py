@@ -1,5 +1,7 @@
 """The networks: torchvision's, and two of its architectures cut to size for small images."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
@@ -8,26 +10,7 @@ from torchvision.models.resnet import BasicBlock
 from kure_lib.networks.depthwise import DenseGradient, DepthwiseConv2d
 from kure_lib.paths import KureError
 
-IMAGENET = ("resnet18", "resnet50", "mobilenet_v2")
-SMALL = ("resnet20", "mobilenet_v2_050")
-
-
-def build(name: str, channels: int, classes: int, pretrained: bool = False) -> nn.Module:
-    """A network by name, for images of that many channels, channels-last, in training mode.
-
-    `pretrained` loads torchvision's ImageNet weights, the ones the paper starts from.
-    Raises `KureError` for an unknown name.
-    """
-    if name == "resnet20":
-        model = ResNet20(channels, classes)
-    elif name == "mobilenet_v2_050":
-        model = mobilenet_v2_050(channels, classes)
-    elif name in IMAGENET:
-        weights = torchvision_models.get_model_weights(name).IMAGENET1K_V1 if pretrained else None
-        model = torchvision_models.get_model(name, weights=weights, **({} if pretrained else {"num_classes": classes}))
-    else:
-        raise KureError(f"Unknown architecture '{name}': choose one of {', '.join((*SMALL, *IMAGENET))}.")
-    return model.to(memory_format=torch.channels_last)
+IMAGENET = ("resnet18", "resnet50", "mobilenet_v2")  # torchvision publishes their weights
 
 
 class ResNet20(nn.Module):
@@ -82,3 +65,39 @@ def mobilenet_v2_050(channels: int, classes: int) -> nn.Module:
         model.set_submodule(name, DepthwiseConv2d(layer))
     model.features.append(DenseGradient())
     return model
+
+
+def _torchvision(name: str) -> Callable[[int, int], nn.Module]:
+    """torchvision's own architecture, for color images and any number of classes."""
+    return lambda channels, classes: torchvision_models.get_model(name, num_classes=classes)
+
+
+#: Networks by name, each made for images of so many channels and for so many classes.
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet20": ResNet20,
+    "mobilenet_v2_050": mobilenet_v2_050,
+    **{name: _torchvision(name) for name in IMAGENET},
+}
+
+
+def build(name: str, channels: int, classes: int, pretrained: bool = False) -> nn.Module:
+    """A network by name, channels-last, in training mode.
+
+    Args:
+        name: One of `NETWORKS`.
+        channels: Color channels of the images.
+        classes: Number of classes.
+        pretrained: Whether to load torchvision's ImageNet weights, with which the paper starts.
+
+    Raises:
+        KureError: The name is unknown, or torchvision has no weights for the network.
+    """
+    if name not in NETWORKS:
+        raise KureError(f"Unknown architecture '{name}': choose one of {', '.join(NETWORKS)}.")
+    if pretrained and name not in IMAGENET:
+        raise KureError(f"There are no published weights for '{name}', only for {', '.join(IMAGENET)}.")
+    if pretrained:
+        model = torchvision_models.get_model(name, weights=torchvision_models.get_model_weights(name).IMAGENET1K_V1)
+    else:
+        model = NETWORKS[name](channels, classes)
+    return model.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""What is learned from a few training images before a network is quantized: activations, and batch-norm statistics."""
+"""Calibration on a few training images: steps of activations, and statistics of batch norms."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from kure_lib.networks import activations, data, device
 from kure_lib.paths import KureError
+from kure_lib.quantization.spec import IMAGES
 from kure_lib.tensors.grids import UNSIGNED
 from kure_lib.tensors.samples import EmpiricalDistribution
 from kure_lib.tensors.steps import best_step
 
-IMAGES = 512  # as many as the paper's authors calibrate with
 KEPT = 2**18  # values of a site that are looked at, evenly spread over images, channels and positions
 
 
@@ -47,17 +47,15 @@ def observe(model: nn.Module, batch: Tensor) -> dict[str, EmpiricalDistribution]
     return seen
 
 
-def activation_steps(
-    observed: Mapping[str, EmpiricalDistribution], bits: int, method: str = "mse"
-) -> dict[str, Tensor]:
-    """The step of every observed site on the `UNSIGNED` grid, chosen by `method` (see `steps.best_step`).
+def activation_steps(observed: Mapping[str, EmpiricalDistribution], bits: int, rule: str = "mse") -> dict[str, Tensor]:
+    """The step of every observed site on the `UNSIGNED` grid, chosen by `rule` (see `steps.best_step`).
 
     Raises `KureError` naming the site if its activations are zero for all images: it cannot be calibrated.
     """
     chosen = {}
     for site, seen in observed.items():
         try:
-            chosen[site] = best_step(seen, bits, UNSIGNED, method)
+            chosen[site] = best_step(seen, bits, UNSIGNED, rule)
         except KureError as error:
             raise KureError(f"The activations at '{site}' cannot be calibrated: {error}") from None
     return chosen
@@ -67,7 +65,7 @@ def activation_steps(
 def reestimated_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
     """The model with the statistics of its batch norms taken anew from batches of images; restored afterwards.
 
-    What a quantized layer puts out has another mean and variance than the batch norm after it was trained for.
+    Quantization shifts the mean and variance that the following batch norm was trained on.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     kept = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]

@@ -9,6 +9,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -85,7 +86,8 @@ class _Writer:
 
     def __init__(self, model: nn.Module, weights: Mapping[str, Integers], steps: Mapping[str, Tensor]):
         self.model, self.weights, self.steps = model, weights, steps
-        self.nodes, self.constants = [], []
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
         self.names: dict[fx.Node, str] = {}
         self.uses: Counter[str] = Counter()  # of each ReLU, to name its sites as `activations` does
         self.folded: set[fx.Node] = set()
@@ -189,13 +191,13 @@ class _Writer:
         codes = self._add("QuantizeLinear", [output, *grid], f"{site}.codes")
         return self._add("DequantizeLinear", [codes, *grid], f"{site}.values")
 
-    def _constant(self, name: str, value, kind: int | None = None) -> str:
+    def _constant(self, name: str, value: Any, kind: int | None = None) -> str:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         if kind is not None:
             array = array.astype(helper.tensor_dtype_to_np_dtype(kind))
         self.constants.append(numpy_helper.from_array(array, name))
         return name
 
-    def _add(self, operation: str, inputs: list[str], name: str, **attributes) -> str:
+    def _add(self, operation: str, inputs: list[str], name: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operation, inputs, [f"{name}.output"], name, **attributes))
         return f"{name}.output"

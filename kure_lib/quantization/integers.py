@@ -1,4 +1,4 @@
-"""An integer master: the quantized layers kept as 8-bit codes, from which any lower precision is made on the device.
+"""An integer master: quantized layers kept as 8-bit codes, from which a device makes any lower precision.
 
 The full-precision weights are not part of it. The codes are two's complement: the grid is `SIGNED_INT`.
 """
@@ -12,19 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from kure_lib.networks.layers import quantized_layers, restored
 from kure_lib.paths import KureError
-from kure_lib.quantization.view import quantized_layers, restored, weight_steps
+from kure_lib.quantization.spec import ROUNDINGS, QuantizationSpec
+from kure_lib.quantization.view import weight_steps
 from kure_lib.tensors.grids import SIGNED_INT
-from kure_lib.tensors.steps import best_step
+from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, best_step
 
 BITS = 8  # of the master
 WORD = 4  # bytes of a number in float32
-
-#: How a master loses bits. `step`: a new step of least squared error for its values, and rounding to it. The others
-#: drop low bits, so that the step doubles with each: `even` rounds to the nearest, ties to even; `half_up` adds half a
-#: step and truncates, the rounding shift of hardware; `truncate` only truncates, which takes almost half a step off
-#: every weight; `middle` does so too, and puts it back by reading a code as the middle of the codes it stands for.
-METHODS = ("step", "even", "half_up", "truncate", "middle")
 
 
 @dataclass(frozen=True)
@@ -48,31 +44,31 @@ class Integers:
         """What it takes to keep the codes, packed at `bits` each, and the steps."""
         return math.ceil(self.codes.numel() * self.bits / 8) + WORD * self.step.numel()
 
-    def to(self, bits: int, method: str = "step") -> "Integers":
-        """The same weights in fewer bits, made from the codes alone by one of `METHODS`.
+    def to(self, bits: int, rounding: str = "step") -> "Integers":
+        """The same weights in fewer bits, made from the codes alone by one of `spec.ROUNDINGS`.
 
-        Raises `KureError` for an unknown method, and for more bits than there are.
+        Raises `KureError` for an unknown rounding, and for more bits than there are.
 
         >>> master = Integers(torch.tensor([-128, -1, 8, 127], dtype=torch.int8), torch.tensor(0.5), 8)
-        >>> [master.to(4, method).codes.tolist() for method in ("even", "half_up", "truncate")]
+        >>> [master.to(4, rounding).codes.tolist() for rounding in ("even", "half_up", "truncate")]
         [[-8, 0, 0, 7], [-8, 0, 1, 7], [-8, -1, 0, 7]]
         """
-        if method not in METHODS:
-            raise KureError(f"Unknown method '{method}' to drop bits: choose one of {', '.join(METHODS)}.")
+        if rounding not in ROUNDINGS:
+            raise KureError(f"Unknown rounding '{rounding}' to drop bits: choose one of {', '.join(ROUNDINGS)}.")
         if not 1 <= bits <= self.bits:
             raise KureError(f"Cannot make {bits} bits of {self.bits}: give a whole number from 1 to {self.bits}.")
         if bits == self.bits:
             return self
-        if method == "step":
-            per_channel = self.step.dim() > 0
-            return integers(self.values, bits, best_step(self.values, bits, SIGNED_INT, per_channel=per_channel))
+        if rounding == "step":
+            scope = PER_CHANNEL if self.step.dim() else PER_TENSOR
+            return integers(self.values, bits, best_step(self.values, bits, SIGNED_INT, scope=scope))
         merged = 2 ** (self.bits - bits)  # codes that become one
-        if method == "even":
+        if rounding == "even":
             codes = (self.codes / merged).round()
         else:
-            codes = ((self.codes.short() + (merged // 2 if method == "half_up" else 0)) / merged).floor()
+            codes = ((self.codes.short() + (merged // 2 if rounding == "half_up" else 0)) / merged).floor()
         codes = codes.clamp(max=SIGNED_INT.highest(bits)).to(torch.int8)
-        return Integers(codes, self.step * merged, bits, (merged - 1) / (2 * merged) if method == "middle" else 0.0)
+        return Integers(codes, self.step * merged, bits, (merged - 1) / (2 * merged) if rounding == "middle" else 0.0)
 
 
 def integers(weight: Tensor, bits: int, step: Tensor) -> Integers:
@@ -81,13 +77,13 @@ def integers(weight: Tensor, bits: int, step: Tensor) -> Integers:
     return Integers(codes.to(torch.int8), step, bits)
 
 
-def of(model: nn.Module, per_channel: bool = False) -> dict[str, Integers]:
+def of(model: nn.Module, scope: Scope = PER_TENSOR) -> dict[str, Integers]:
     """Every quantized layer of a network as 8-bit integers, with steps of least squared error.
 
     Raises `KureError` naming the layer if its weights cannot be quantized.
     """
     layers = quantized_layers(model)
-    steps = weight_steps(layers, BITS, SIGNED_INT, per_channel=per_channel)
+    steps = weight_steps(layers, QuantizationSpec(weight_bits=BITS, grid=SIGNED_INT, scope=scope))
     return {name: integers(layer.weight, BITS, steps[name].to(layer.weight.device)) for name, layer in layers.items()}
 
 

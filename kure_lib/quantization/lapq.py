@@ -4,7 +4,7 @@ The authors' code picks the norm p it starts from by validation accuracy, that i
 choice is made on the calibration loss.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,9 +17,8 @@ from tqdm import tqdm
 from kure_lib.networks import device
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
-from kure_lib.quantization import calibration
-from kure_lib.quantization import view as ptq
-from kure_lib.tensors.grids import MID_RISE, Grid
+from kure_lib.quantization import calibration, view
+from kure_lib.quantization.spec import QuantizationSpec
 
 NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)  # p of the starts
 EVALUATIONS = 400  # of the loss, in all, that Powell's method may use
@@ -28,31 +27,31 @@ KEPT = 2**24  # values of a block's output that are worth their memory
 
 
 def loss_aware_steps(
-    model: nn.Module, images: Tensor, labels: Tensor, weight_bits: int | None, activation_bits: int | None,
-    grid: Grid = MID_RISE, evaluations: int = EVALUATIONS,
-) -> dict[str, Tensor]:  # fmt: skip
-    """A step for every quantized layer and, with `activation_bits`, for every quantized site: name → scalar tensor.
+    model: nn.Module, images: Tensor, labels: Tensor, spec: QuantizationSpec, evaluations: int = EVALUATIONS
+) -> dict[str, Tensor]:
+    """A step for every layer and activation site that `spec` quantizes, by name: scalar tensors, before any ratio.
 
     Three stages, all on the cross-entropy of `images` [N, C, H, W] and `labels` [N]: per layer the step of least
     p-norm of the error for several p; a parabola through the losses of these starts, whose lowest point gives
     another p; Powell's method from the best of them over all steps together, at most `evaluations` times the
-    loss. Raises `KureError` as `ptq.quantized` does, and if neither weights nor activations are quantized.
+    loss. Raises `KureError` as `view.quantized` does.
     """
-    if not (weight_bits or activation_bits):
-        raise KureError("LAPQ needs something to quantize: give weight bits, activation bits or both.")
     if not len(images):
         raise KureError("The calibration set is empty: give at least one image.")
-    layers = quantized_layers(model) if weight_bits else {}
-    observed = calibration.observe(model, images) if activation_bits else {}
+    plain = QuantizationSpec(weight_bits=spec.weight_bits, activation_bits=spec.activation_bits, grid=spec.grid)
+    layers = quantized_layers(model) if plain.weight_bits else {}
+    observed = calibration.observe(model, images) if plain.activation_bits else {}
 
     def start(p: float) -> dict[str, Tensor]:
-        weights = ptq.weight_steps(layers, weight_bits, grid, f"lp:{p}")
-        return weights | calibration.activation_steps(observed, activation_bits, f"lp:{p}")
+        weights = view.weight_steps(layers, plain.model_copy(update={"step_rule": f"lp:{p}"}))
+        return weights | calibration.activation_steps(observed, plain.activation_bits, f"lp:{p}")
 
-    steps, placed = start(NORMS[0]), {}
-    options = {"activation_bits": activation_bits, "images": images, "steps": steps}
-    with ptq.quantized(model, weight_bits, grid=grid, **options), _remembering(model, steps), \
-            tqdm(total=len(NORMS) + 1 + evaluations, desc="LAPQ", unit="loss", disable=None, leave=False) as bar:
+    steps, placed = start(NORMS[0]), dict[str, float]()
+    with (
+        view.quantized(model, plain, images, steps=steps),
+        _remembering(model, steps),
+        tqdm(total=len(NORMS) + 1 + evaluations, desc="LAPQ", unit="loss", disable=None, leave=False) as bar,
+    ):
 
         def loss_at(values: dict[str, float]) -> float:
             for name, value in values.items():
@@ -68,6 +67,7 @@ def loss_aware_steps(
         best_p = lowest_point(np.array(NORMS), np.array([loss for loss, _ in tried.values()]))
         tried[best_p] = (loss_at(found := _numbers(start(best_p))), found)
         best_loss, best = min(tried.values(), key=lambda pair: pair[0])
+        best_octaves = np.zeros(len(best))
 
         def moved(octaves: np.ndarray) -> float:
             nonlocal best_loss, best_octaves
@@ -76,7 +76,6 @@ def loss_aware_steps(
                 best_loss, best_octaves = loss, octaves.copy()
             return loss
 
-        best_octaves = np.zeros(len(best))
         minimize(
             moved, best_octaves, method="Powell", bounds=[(-REACH, REACH)] * len(best),
             options={"maxfev": evaluations, "xtol": 0.05, "ftol": 1e-4},
@@ -115,7 +114,7 @@ def _remembering(model: nn.Module, steps: Mapping[str, Tensor]) -> Iterator[None
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """What a network is a chain of, apart from single layers: the parts of its `nn.Sequential`s that have parts."""
+    """The blocks that follow one another in a network, by name: the children of its `nn.Sequential`s with children."""
     for name, part in module.named_children():
         if isinstance(part, nn.Sequential):
             yield from _blocks(part, f"{prefix}{name}.")
@@ -123,7 +122,7 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield prefix + name, part
 
 
-def _remembered(forward, steps: list[Tensor]):
+def _remembered(forward: Callable[[Tensor], Tensor], steps: list[Tensor]) -> Callable[[Tensor], Tensor]:
     seen = kept = None
 
     def recall(x: Tensor) -> Tensor:

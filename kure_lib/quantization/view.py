@@ -1,12 +1,11 @@
 """A quantized network is a view of the full-precision one, for as long as a `with` block lasts."""
 
 import copy
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
@@ -14,53 +13,12 @@ from kure_lib.networks import activations
 from kure_lib.networks.layers import latent_weight, quantized_layers, restored
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration
-from kure_lib.tensors.grids import MID_RISE, UNSIGNED, Format, check_bits
+from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
+from kure_lib.tensors.grids import UNSIGNED, Format
 from kure_lib.tensors.quantizers import quantize
-from kure_lib.tensors.steps import best_step
-from kure_lib.tensors.steps import power_of_two as nearest_power_of_two
+from kure_lib.tensors.steps import best_step, power_of_two
 
 BATCH = 256  # images at a time for new batch-norm statistics
-TRAINED_METHODS = ("dorefa", "lsq")  # steps that quantization-aware training left (see `qat`)
-
-
-class QuantizationSpec(BaseModel):
-    """How a network is quantized for an evaluation; the defaults are full precision.
-
-    The fields are those of `quantized`; `calibration` counts the training images, from the first on, from which
-    activations, batch-norm statistics and LAPQ's steps are learned. The methods `dorefa` and `lsq` stand for the
-    quantizer that a network was trained with. `master` is the way, one of `master.METHODS`, in which weights of
-    `weight_bits` are made from an 8-bit copy instead of from the network's own.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    weight_bits: int | None = Field(None, ge=1, le=16)
-    method: str = "mse"
-    grid: str = "mid_rise"
-    step_ratio: float = Field(1.0, gt=0)
-    per_channel: bool = False
-    block: int | None = Field(None, ge=1)
-    activation_bits: int | None = Field(None, ge=1, le=16)
-    activation_ratio: float = Field(1.0, gt=0)
-    power_of_two: bool = False
-    bias_correction: bool = False
-    fold_batch_norm: bool = False
-    reestimate_batch_norm: bool = False
-    calibration: int | None = Field(None, ge=1)
-    master: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_calibration(cls, fields: dict) -> dict:
-        """Where calibration images are needed, how many of the first training images they are stands in the key."""
-        needed = fields.get("activation_bits") or fields.get("reestimate_batch_norm") or fields.get("method") == "lapq"
-        needed = needed and fields.get("method") not in TRAINED_METHODS
-        return {"calibration": calibration.IMAGES, **fields} if needed else fields
-
-    @property
-    def key(self) -> str:
-        """The fields that are not at their defaults, as JSON: the name of the evaluation in its record."""
-        return json.dumps(self.model_dump(exclude_defaults=True), sort_keys=True)
 
 
 class FakeQuantize(nn.Module):
@@ -70,7 +28,8 @@ class FakeQuantize(nn.Module):
         super().__init__()
         self.bits, self.grid, self.correction = bits, grid, correction
         self.register_buffer("step", step)
-        self._seen, self._kept = None, None
+        self._seen: tuple | None = None
+        self._kept: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         if torch.is_grad_enabled() or weight.is_inference() or self.step.is_inference():
@@ -108,99 +67,121 @@ def folded(model: nn.Module) -> nn.Module:
     distributed as they were.
     """
     model = copy.deepcopy(model).eval()
-    previous = None
+    place, previous = "", None
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and isinstance(previous and previous[1], nn.Conv2d):
-            model.set_submodule(previous[0], fuse_conv_bn_eval(previous[1], module))
+        if isinstance(module, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d):
+            model.set_submodule(place, fuse_conv_bn_eval(previous, module))
             model.set_submodule(name, nn.Identity())
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            previous = name, module
+            place, previous = name, module
     return model
 
 
-def weight_steps(
-    layers: Mapping[str, nn.Module], bits: int, grid: Format = MID_RISE, method: str = "mse",
-    per_channel: bool = False, block: int | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The step of each layer's weights, as they are in full precision, chosen by `method` (see `steps.best_step`).
+def weight_steps(layers: Mapping[str, nn.Module], spec: QuantizationSpec) -> dict[str, Tensor]:
+    """The step of each layer's full-precision weights, before any ratio, by the rule, grid and scope of `spec`.
 
     Raises `KureError` naming the layer if its weights cannot be quantized.
     """
     chosen = {}
     for name, layer in layers.items():
         try:
-            chosen[name] = best_step(latent_weight(layer), bits, grid, method, per_channel, block)
+            chosen[name] = best_step(latent_weight(layer), spec.weight_bits, spec.grid, spec.step_rule, spec.scope)
         except KureError as error:
             raise KureError(f"Layer '{name}' cannot be quantized: {error}") from None
     return chosen
 
 
+def chosen_steps(
+    model: nn.Module,
+    spec: QuantizationSpec,
+    images: Tensor | None = None,
+    layers: Iterable[str] | None = None,
+    given: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The step of every layer and activation site that `spec` quantizes, before any ratio.
+
+    Args:
+        model: Network in full precision.
+        spec: How it is quantized.
+        images: Calibration images [N, C, H, W]; activations need at least one.
+        layers: Names of the layers; the default is all but the first and the last.
+        given: Steps that need not be chosen.
+
+    Raises:
+        KureError: A layer is unknown, or weights or activations are such that no step suits them.
+    """
+    steps = dict(given or {})
+    if spec.activation_bits is not None and not set(activations.quantized_sites(model, images[:1])) <= steps.keys():
+        observed = calibration.observe(model, images)
+        steps = calibration.activation_steps(observed, spec.activation_bits, spec.step_rule) | steps
+    if spec.weight_bits is not None:
+        missing = {name: layer for name, layer in _chosen(model, layers).items() if name not in steps}
+        steps |= weight_steps(missing, spec)
+    return steps
+
+
 @contextmanager
 def quantized(
     model: nn.Module,
-    weight_bits: int | None,
-    method: str = "mse",
-    grid: Format = MID_RISE,
-    step_ratio: float = 1.0,
-    layers: Iterable[str] | None = None,
-    per_channel: bool = False,
-    block: int | None = None,
-    activation_bits: int | None = None,
-    activation_ratio: float = 1.0,
+    spec: QuantizationSpec | None = None,
     images: Tensor | None = None,
-    power_of_two: bool = False,
-    bias_correction: bool = False,
-    reestimate_batch_norm: bool = False,
+    layers: Iterable[str] | None = None,
     steps: Mapping[str, Tensor] | None = None,
+    **fields: Any,
 ) -> Iterator[nn.Module]:
-    """The model with the weights of its layers, and what its ReLUs put out, quantized; None leaves either as it is.
+    """The model, quantized as `spec` says, for as long as the `with` block lasts.
 
-    The step of each layer, channel or `block` is chosen by `method` (see `steps.best_step`) and multiplied by
-    `step_ratio`, the Δ/Δ̃ of the paper's Fig. 4; `power_of_two` then rounds it. `layers` names the layers; the
-    default is all but the first and the last. Activations are quantized on the `UNSIGNED` grid, with steps
-    calibrated on `images` [N, C, H, W] by the same method and multiplied by `activation_ratio`. `steps` gives steps
-    of layers and sites instead of choosing them. `bias_correction` is that of `corrected`, `reestimate_batch_norm`
-    that of `calibration.reestimated_batch_norm`. A step of `steps` that is changed in place takes effect at the
-    next forward pass. Nothing is written into the model: after the block, also when an exception leaves it, it is
-    what it was. Raises `KureError` for an unknown layer, for weights that cannot be
-    quantized, and where calibration images are needed and there are none.
+    Nothing is written into the model: after the block, also when an exception leaves it, it is what it was.
+
+    Args:
+        model: Network in full precision; with `fold_batch_norm` the view is of a folded copy.
+        spec: How it is quantized; its fields may be given as keywords instead, as in `weight_bits=3`.
+        images: Calibration images [N, C, H, W] for activations and batch norms.
+        layers: Names of the layers to quantize; the default is all but the first and the last.
+        steps: Steps of layers and activation sites before any ratio, instead of choosing them by the rule of `spec`.
+            A step changed in place takes effect at the next forward pass.
+
+    Raises:
+        KureError: A layer is unknown, weights cannot be quantized, or calibration images are needed and missing.
+
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 3))
+    >>> with quantized(model, weight_bits=1) as view:
+    ...     view[1].weight.unique().numel()
+    2
     """
-    chosen = _chosen(model, layers)
-    for ratio in (step_ratio, activation_ratio):
-        if not ratio > 0:
-            raise KureError(f"The step ratio must be above zero, not {ratio}.")
-    for bits in {weight_bits, activation_bits} - {None}:
-        check_bits(bits)
-    if (activation_bits or reestimate_batch_norm) and (images is None or not len(images)):
+    if spec is None:
+        spec = QuantizationSpec(**fields)
+    elif fields or not isinstance(spec, QuantizationSpec):
+        raise KureError("Quantize by a QuantizationSpec or by its fields as keywords, such as weight_bits=4.")
+    needs_images = spec.activation_bits is not None or spec.reestimate_batch_norm
+    if needs_images and (images is None or not len(images)):
         raise KureError("Activations and batch norms are calibrated on images: give at least one.")
-    given = dict(steps or {})
-
-    def final(step: Tensor, ratio: float) -> Tensor:
-        step = step if ratio == 1 else step * ratio
-        return nearest_power_of_two(step) if power_of_two else step
-
+    if spec.rounding or spec.step_rule in TRAINED_RULES:
+        raise KureError(f"The specification {spec.key} is about how a run was trained or stored: evaluate its record.")
+    model = folded(model) if spec.fold_batch_norm else model
+    steps = chosen_steps(model, spec, images, layers, steps)
     with ExitStack() as stack:
-        if activation_bits is not None:  # before the weights change
-            sites = set(activations.quantized_sites(model, images[:1]))
-            if not sites <= given.keys():
-                observed = calibration.observe(model, images)
-                given = calibration.activation_steps(observed, activation_bits, method) | given
-            site_steps = {site: final(given[site], activation_ratio) for site in sites}
-        if weight_bits is not None:
-            missing = {name: layer for name, layer in chosen.items() if name not in given}
-            given |= weight_steps(missing, weight_bits, grid, method, per_channel, block)
+        if spec.activation_bits is not None:
+            first, *inner, last = activations.sites(model, images[:1])
+            site_steps = {site: _final(steps[site], spec.activation_ratio, spec) for site in set(inner)}
+        if spec.weight_bits is not None:
+            chosen = _chosen(model, layers)
             stack.enter_context(restored(chosen))
             for name, layer in chosen.items():
-                step = final(given[name], step_ratio).to(layer.weight.device)
-                fake_quantize = FakeQuantize(step, weight_bits, grid, bias_correction)
+                step = _final(steps[name], spec.step_ratio, spec).to(layer.weight.device)
+                fake_quantize = FakeQuantize(step, spec.weight_bits, spec.grid, spec.bias_correction)
                 parametrize.register_parametrization(layer, "weight", fake_quantize)
-        if activation_bits is not None:
-            first, *_, last = activations.sites(model, images[:1])
-            quantizer = _quantizer(site_steps, activation_bits, {first, last})
+        if spec.activation_bits is not None:
+            quantizer = _quantizer(site_steps, spec.activation_bits, {first, last})
             stack.enter_context(activations.replaced(model, quantizer))
-        if reestimate_batch_norm:
+        if spec.reestimate_batch_norm:
             stack.enter_context(calibration.reestimated_batch_norm(model, images.split(BATCH)))
         yield model
+
+
+def _final(step: Tensor, ratio: float, spec: QuantizationSpec) -> Tensor:
+    step = step if ratio == 1 else step * ratio
+    return power_of_two(step) if spec.power_of_two else step
 
 
 def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
@@ -213,7 +194,7 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
     return {name: chosen[name] for name in layers}
 
 
-def _quantizer(site_steps: Mapping[str, Tensor], bits: int, ends: set[str]):
+def _quantizer(site_steps: Mapping[str, Tensor], bits: int, ends: set[str]) -> Callable[[str, Tensor], Tensor]:
     def replace(site: str, output: Tensor) -> Tensor:
         if site in ends:
             return output

@@ -4,24 +4,28 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pandas as pd
 
 from kure_lib.paths import KureError, use_profile
+from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import runs
 from kure_lib.study.profiles import NEEDS, PROFILES, TUNING_SIZE, Contender, Recipe
-from kure_lib.training.configs import KureConfig, RivalConfig, RunConfig
-from kure_lib.training.qat import QatConfig
+from kure_lib.study.records import Record
+from kure_lib.training.configs import KureConfig, QatConfig, RivalConfig, RunConfig
 
 KURE = KureConfig()  # the paper's setting everywhere: K_T = 1.8, λ = 1
 ACTIVATION_KURE = KureConfig(of="activations")
 
-FULL = 32  # bits of a tensor that is not quantized
-
 ARMS = ("pretrained", "control", "kure", "scratch", "activations")  # and those of `Recipe.contenders`
-
-
+PARTS = ("main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules")
 ASIDE = ("tuning", "schedules")  # parts whose arms have the names of others
+CHOICES = ("model", "arm", "part", "seed", "target", "coefficient", "quantizer")
+COLUMNS = (
+    "model", "arm", "target", "coefficient", "quantizer", "seed", "w_bits", "a_bits", "bits", "grid", "step_ratio",
+    "activation_ratio", "top1", "loss", "kurtosis", "train_loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,16 @@ class Planned:
         """The quantizer of quantization-aware training, as in `Recipe.quantizers`; empty for full precision."""
         return self.config.quantization.name if self.config.quantization else ""
 
+    @property
+    def target(self) -> float | None:
+        """K_T, or None without KURE."""
+        return self.config.regularizer.target if self.config.regularizer else None
+
+    @property
+    def coefficient(self) -> float | None:
+        """λ, or None without KURE."""
+        return self.config.regularizer.coefficient if self.config.regularizer else None
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,27 +72,47 @@ class Plan:
         """Those that networks of this architecture are trained with."""
         return list(dict.fromkeys(run.quantizer for run in self.runs if run.model == model and run.quantizer))
 
-    def select(
-        self, model: str | None = None, arm: str | None = None, part: str | None = None,
-        seed: int | None = None, target: float | None = None, coefficient: float | None = None, quantizer: str = "",
-    ) -> list[Planned]:  # fmt: skip
-        """The runs that agree with every argument given, trained in full precision unless a `quantizer` is named.
+    def select(self, **wanted: Any) -> list[Planned]:
+        """The runs that agree with every choice given, in the order of the choices, then of the plan.
 
-        For `arm="kure"` with K_T = 1.8 and λ = 1 unless named; runs of tuning and of other schedules only where
-        their `part` is named.
+        Each choice is one value or a list of them. With `arm="kure"` K_T is 1.8 and λ is 1 unless chosen; runs of
+        tuning and of other schedules are selected only by their `part`.
+
+        Args:
+            **wanted: Any of model, arm, part, seed, target (K_T), coefficient (λ) and quantizer; the quantizer is that
+                of quantization-aware training, and without one the run is trained in full precision.
+
+        Raises:
+            KureError: A choice or one of its values does not exist.
         """
-        if arm == "kure" and part is None:
-            target, coefficient = target or KURE.target, coefficient or KURE.coefficient
+        choices = {"quantizer": [""]} | {name: _several(value) for name, value in wanted.items() if value is not None}
+        known = self._known()
+        for name, values in choices.items():
+            _require("choice", name, CHOICES)
+            for value in values if name in known else ():
+                _require(name, value, known[name])
+        usual = {"target": [KURE.target], "coefficient": [KURE.coefficient]} | choices
 
         def matches(run: Planned) -> bool:
-            kure = run.config.regularizer
-            pairs = [(model, run.model), (arm, run.arm), (part, run.part), (seed, run.seed),
-                     (target, kure and kure.target), (coefficient, kure and kure.coefficient)]  # fmt: skip
-            if part is None and run.part in ASIDE:
-                return False
-            return run.quantizer == quantizer and all(wanted is None or wanted == have for wanted, have in pairs)
+            asked = usual if run.arm == "kure" and "arm" in choices and "part" not in choices else choices
+            aside = run.part in ASIDE and "part" not in choices
+            return not aside and all(getattr(run, name) in values for name, values in asked.items())
 
-        return [run for run in self.runs if matches(run)]
+        def place(run: Planned) -> list[int]:
+            return [values.index(getattr(run, name)) for name, values in choices.items()]
+
+        return sorted(filter(matches, self.runs), key=place)
+
+    def _known(self) -> dict[str, list]:
+        """The values that choices may have; arms and quantizers are those of all profiles, as this may lack some."""
+        recipes = [recipe for recipes in PROFILES.values() for recipe in recipes]
+        return {
+            "model": self.models,
+            "arm": list(dict.fromkeys([*ARMS, *(c.arm for recipe in recipes for c in recipe.contenders)])),
+            "part": list(PARTS),
+            "seed": sorted({run.seed for run in self.runs}),
+            "quantizer": ["", *dict.fromkeys(name for recipe in recipes for name, _ in recipe.quantizers)],
+        }
 
     def sweep(self, part: str) -> "Plan":
         """A swept part with the main runs of the same networks and seeds, in order of network, arm, K_T, λ and seed."""
@@ -92,30 +126,36 @@ class Plan:
 
         return Plan(self.profile, tuple(sorted(chosen, key=place)))
 
-    def records(self, **wanted) -> list[runs.Record]:
-        """The records of the selected runs, trained where they are missing, in the order of their seeds."""
+    def records(self, **wanted: Any) -> list[Record]:
+        """The records of the selected runs, trained where they are missing, in the order of `select`."""
         return [runs.get(run.config) for run in self.select(**wanted)]
 
-    def measure(self, specs: Iterable[runs.QuantizationSpec], **wanted) -> pd.DataFrame:
+    def measure(self, specs: Iterable[QuantizationSpec], **wanted: Any) -> pd.DataFrame:
         """Accuracy and loss of every selected run under every specification: one row a measurement.
 
-        Columns: model, method (the arm), target, coefficient, seed, w_bits and a_bits (32: not quantized), grid,
-        step_ratio, activation_ratio, top1 in percent, loss in nats; and of the run: kurtosis, the mean over its
-        layers, and train_loss, of its last epoch in nats.
+        Columns: model, arm, target, coefficient, quantizer and seed of the run; w_bits and a_bits (32: full precision),
+        bits in words, grid, step_ratio, activation_ratio; top1 in percent and loss in nats; and of the run kurtosis,
+        the mean over its regularized layers, and train_loss of its last epoch in nats.
         """
-        rows = []
+        rows, specs = [], list(specs)
         for run, spec in product(self.select(**wanted), specs):
-            record, kure = runs.get(run.config), run.config.regularizer
-            result = runs.evaluate(record, spec)
-            rows.append({
-                "model": run.model, "method": run.arm, "target": kure.target if kure else None,
-                "coefficient": kure.coefficient if kure else 0.0, "seed": run.seed,
-                "w_bits": spec.weight_bits or FULL, "a_bits": spec.activation_bits or FULL, "grid": spec.grid,
-                "step_ratio": spec.step_ratio, "activation_ratio": spec.activation_ratio,
-                "top1": result.top1, "loss": result.loss,
-                "kurtosis": record.mean_kurtosis, "train_loss": record.curves.get("train_loss", [math.nan])[-1],
-            })  # fmt: skip
-        return pd.DataFrame(rows)
+            record = runs.get(run.config)
+            result, train_losses = runs.evaluate(record, spec), record.curves.get("train_loss", [math.nan])
+            rows.append((
+                run.model, run.arm, run.target, run.coefficient or 0.0, run.quantizer, run.seed, *spec.bits.widths,
+                str(spec.bits), spec.grid.name, spec.step_ratio, spec.activation_ratio, result.top1, result.loss,
+                record.mean_kurtosis, train_losses[-1],
+            ))  # fmt: skip
+        return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _several(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple | set | range) else [value]
+
+
+def _require(kind: str, value: Any, allowed: Iterable) -> None:
+    if value not in allowed:
+        raise KureError(f"There is no {kind} {value!r} to select: choose from {', '.join(map(repr, allowed))}.")
 
 
 def plan(profile: str) -> Plan:
@@ -129,7 +169,7 @@ def plan(profile: str) -> Plan:
 
 
 def _runs(recipe: Recipe, seed: int) -> list[Planned]:
-    def planned(arm: str, part: str, settings: dict, **more) -> Planned:
+    def planned(arm: str, part: str, settings: dict, **more: Any) -> Planned:
         return Planned(recipe.model, arm, part, RunConfig(model=recipe.model, seed=seed, **settings, **more))
 
     if seed >= recipe.seeds:
@@ -165,32 +205,31 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
                 result.append(run)
     if seed < recipe.schedule_seeds:
         for schedule in recipe.schedules:
-            for arm, kure in (("control", None), ("kure", KURE)):
-                settings = recipe.fine_tuning | schedule
-                result.append(planned(arm, "schedules", settings, **start, regularizer=kure))
+            settings = recipe.fine_tuning | schedule
+            result.append(planned("control", "schedules", settings, **start))
+            result.append(planned("kure", "schedules", settings, **start, regularizer=KURE))
     if seed == 0 and recipe.held_out:
         first = planned("pretrained", "tuning", recipe.pretraining, held_out=recipe.held_out)
         tried = {"start": first.config, "held_out": recipe.held_out, "train_size": TUNING_SIZE}
         result.append(first)
         for contender in recipe.contenders:
-            pairs = [(strength, 1) for strength in contender.strengths]
-            pairs += [(contender.strength, decay) for decay in contender.decays]
-            for pair in dict.fromkeys(pairs):
+            strengths = [(strength, 1.0) for strength in contender.strengths]
+            for pair in dict.fromkeys([*strengths, *((contender.strength, decay) for decay in contender.decays)]):
                 result.append(planned(contender.arm, "tuning", _contending(recipe, contender, *pair), **tried))
     return result
 
 
 def _contending(recipe: Recipe, contender: Contender, strength: float | None, decay: float) -> dict:
-    rival = RivalConfig(method=contender.method, strength=strength) if contender.method else None
+    rival = RivalConfig(name=contender.rival, strength=strength) if contender.rival else None
     own = {"rival": rival, "regularizer": KURE if contender.kure else None}
     return recipe.fine_tuning | own | {"weight_decay": decay * recipe.fine_tuning["weight_decay"]}
 
 
-def trained_spec(quantizer: str, weight_bits: int | None, step_ratio: float = 1.0) -> runs.QuantizationSpec:
+def trained_spec(quantizer: str, weight_bits: int | None, step_ratio: float = 1.0) -> QuantizationSpec:
     """A network of quantization-aware training, tested with its own quantizer at these weight bits and step ratio."""
     qat = QatConfig.named(quantizer)
     bits = {"weight_bits": weight_bits, "activation_bits": qat.activation_bits}
-    return runs.QuantizationSpec(method=qat.method, step_ratio=step_ratio, **bits)
+    return QuantizationSpec(step_rule=qat.quantizer, step_ratio=step_ratio, **bits)
 
 
 def open(profile: str) -> Plan:

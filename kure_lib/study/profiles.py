@@ -1,6 +1,7 @@
 """What a profile trains, and how its notebooks are executed: the design of the experiment, as data."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 DECAYS = (1, 5, 25)  # times the weight decay of the recipe
 TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
@@ -8,14 +9,14 @@ TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
 
 @dataclass(frozen=True)
 class Contender:
-    """An arm of the comparison with rivals: a `method` of `RivalConfig` or none, with `kure` or without.
+    """An arm of the comparison with rivals: a `name` of `RivalConfig` or none, with `kure` or without.
 
     `strengths` were tried at the recipe's own weight decay, then `decays`, in multiples of it, at the best of them, on
     images held out of training; `strength` and `decay` are what was best there, which notebook 09 checks.
     """
 
     arm: str
-    method: str | None = None
+    rival: str | None = None
     strength: float | None = None
     decay: float = 1
     strengths: tuple[float, ...] = ()
@@ -66,7 +67,7 @@ SMALL_MOBILENET = Recipe(
 )
 
 
-def _with(recipe: Recipe, pretraining=None, fine_tuning=None, **changes) -> Recipe:
+def _with(recipe: Recipe, pretraining: dict | None = None, fine_tuning: dict | None = None, **changes: Any) -> Recipe:
     """The recipe with some settings of its two stages, and some fields, replaced."""
     return Recipe(**{
         **vars(recipe), **changes,
@@ -75,7 +76,7 @@ def _with(recipe: Recipe, pretraining=None, fine_tuning=None, **changes) -> Reci
     })  # fmt: skip
 
 
-def _imagenet(model: str, batch_size: int, epochs: int, **sweeps) -> Recipe:
+def _imagenet(model: str, batch_size: int, epochs: int, **sweeps: Any) -> Recipe:
     """Fine-tuning of torchvision's weights as in Supp. Tables 1 and 2, with the targets of Fig. 3c."""
     shared = {"data": "imagenet", "weight_decay": 1e-4, "decay_every": 30, "batch_size": batch_size}
     return Recipe(
@@ -101,14 +102,14 @@ CONTENDERS = (
     Contender("kure", kure=True),  # tuned as the others are; with what is best, it is the main arm
     Contender("kure_outliers", "outliers", 1e3, decays=(), kure=True),  # with the best of the others
 )
-ONCE_DIFFERENTIABLE = tuple(c for c in CONTENDERS if c.method != "gradient_l1")  # what depthwise convolutions allow
+ONCE_DIFFERENTIABLE = tuple(c for c in CONTENDERS if c.rival != "gradient_l1")  # what depthwise convolutions allow
 SCHEDULES = (
     {"learning_rate": 0.02, "decay_every": 100},  # constant
     {"learning_rate": 0.02, "decay_every": 2},  # a tenth in the second half
 )
 
 TINY = {"train_size": 2048, "epochs": 2}
-SWEEP = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 0.3, 3.0)}
+SWEEP: dict[str, Any] = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 0.3, 3.0)}
 
 PROFILES: dict[str, tuple[Recipe, ...]] = {
     "smoke": (
@@ -140,11 +141,19 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
 
 #: Parameters of notebooks, other than the profile, that a profile changes.
 PARAMETERS = {
-    "smoke": {"02": {"image_count": 50}, "06": {"points": 3}, "07": {"settings": "3/FP", "calibration": 32},
-              "09": {"points": 3}, "11": {"rows": 128},
-              "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "images": 500}},
-    "quick": {"06": {"points": 9}, "07": {"settings": "3/FP 4/4", "calibration": 64},
-              "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0, 1.2], "images": 2000}},
+    "smoke": {
+        "02": {"image_count": 50},
+        "06": {"points": 3},
+        "07": {"settings": "3/FP", "calibration": 32},
+        "09": {"points": 3},
+        "11": {"rows": 128},
+        "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "images": 500},
+    },
+    "quick": {
+        "06": {"points": 9},
+        "07": {"settings": "3/FP 4/4", "calibration": 64},
+        "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0, 1.2], "images": 2000},
+    },
 }
 
 #: Parts of the plan that a notebook reads; a notebook that is not named here trains nothing.

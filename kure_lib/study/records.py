@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -11,14 +12,13 @@ import numpy as np
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 from torch import nn
 
 from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, models
 from kure_lib.networks.evaluation import Evaluation
 from kure_lib.paths import KureError, results
-from kure_lib.quantization import view as ptq
+from kure_lib.quantization.view import folded as fold
 from kure_lib.training.configs import Frozen, RunConfig
 
 
@@ -84,7 +84,7 @@ class Record(Frozen):
 @lru_cache(maxsize=8)
 def _network(record: Record, folded: bool) -> nn.Module:
     if folded:
-        return ptq.folded(record.network())
+        return fold(record.network())
     train = data.load(record.config.data, "train")
     model = models.build(record.config.model, train.channels, train.classes)
     model.load_state_dict(record.weights)
@@ -98,7 +98,7 @@ def find(config: RunConfig) -> Record | None:
         record = Record.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValidationError, ValueError) as error:
+    except (ValueError, KureError) as error:
         raise KureError(f"The record {path} is damaged ({_first_line(error)}): restore it, or delete it to train "
                         "the run again.") from error  # fmt: skip
     if record.config != config or record.key != config.key:
@@ -122,7 +122,9 @@ def record_path(config: RunConfig) -> Path:
 
 
 def weights_path(config: RunConfig) -> Path:
-    return results() / "weights" / f"{_name(config)}.safetensors"
+    """Where the weights lie: in `weights/` if they are committed, else in `weights/local/`, which git ignores."""
+    committed = results() / "weights" / f"{_name(config)}.safetensors"
+    return committed if committed.is_file() else committed.parent / "local" / committed.name
 
 
 def checkpoint_path(config: RunConfig) -> Path:
@@ -132,7 +134,7 @@ def checkpoint_path(config: RunConfig) -> Path:
 def write(record: Record) -> None:
     """One field a line, evaluations and layers one item a line."""
     lines = []
-    for name, value in record.model_dump(mode="json").items():
+    for name, value in record.model_dump(mode="json", by_alias=True).items():
         if name == "evaluations":
             items = (f"  {json.dumps(key)}: {json.dumps(item)}" for key, item in sorted(value.items()))
             text = "{\n" + ",\n".join(items) + "\n}"
@@ -145,7 +147,8 @@ def write(record: Record) -> None:
 
 
 @contextmanager
-def locked(config: RunConfig, wait: float = 0):
+def locked(config: RunConfig, wait: float = 0) -> Iterator[None]:
+    """Within the block no other process works on the run; raises `KureError` after `wait` seconds."""
     path = results() / "checkpoints" / f"{_name(config)}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -6,14 +6,30 @@ E(b − X)⁺ and P(X < b). Beside them stand `mean` and `variance`.
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import beta, betainc, erfc, gamma, gammaincc, gammaln
+from torch import Tensor
+
+from kure_lib.tensors.samples import EmpiricalDistribution
 
 PIECE = list(zip(*np.polynomial.legendre.leggauss(16), strict=True))  # (node, weight) on [−1, 1]
 HALF_LINE = list(zip(*np.polynomial.legendre.leggauss(64), strict=True))
 EDGE = 1e-12  # relative distance at which a threshold counts as lying on a jump of the density
+
+
+class Distribution(Protocol):
+    """A random variable as `theory` sees it: its mean, its variance, and three functions of thresholds."""
+
+    @property
+    def mean(self) -> float: ...
+    @property
+    def variance(self) -> float: ...
+    def excess(self, b: np.ndarray) -> np.ndarray: ...
+    def tail(self, b: np.ndarray) -> np.ndarray: ...
+    def density(self, b: np.ndarray, side: str = "right") -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -21,19 +37,19 @@ class Uniform:
     """X uniform on [−a, a]: variance a²/3, kurtosis 1.8."""
 
     a: float = 1.0
-    mean = 0.0
+    mean: ClassVar[float] = 0.0
 
     @property
-    def variance(self):
+    def variance(self) -> float:
         return self.a**2 / 3
 
-    def excess(self, b):
+    def excess(self, b: np.ndarray) -> np.ndarray:
         return np.maximum(self.a - np.abs(b), 0) ** 2 / (4 * self.a)
 
-    def tail(self, b):
+    def tail(self, b: np.ndarray) -> np.ndarray:
         return np.maximum(self.a - np.abs(b), 0) / (2 * self.a)
 
-    def density(self, b, side="right"):
+    def density(self, b: np.ndarray, side: str = "right") -> np.ndarray:
         edge = self.a * (1 - EDGE if side == "right" else 1 + EDGE)
         return (np.abs(b) <= edge) / (2 * self.a)
 
@@ -43,19 +59,19 @@ class Normal:
     """X normal with mean 0 and standard deviation `sigma`: kurtosis 3."""
 
     sigma: float = 1.0
-    mean = 0.0
+    mean: ClassVar[float] = 0.0
 
     @property
-    def variance(self):
+    def variance(self) -> float:
         return self.sigma**2
 
-    def excess(self, b):
+    def excess(self, b: np.ndarray) -> np.ndarray:
         return self.variance * self.density(b) - np.abs(b) * self.tail(b)
 
-    def tail(self, b):
+    def tail(self, b: np.ndarray) -> np.ndarray:
         return erfc(np.abs(b) / (self.sigma * sqrt(2))) / 2
 
-    def density(self, b, side="right"):
+    def density(self, b: np.ndarray, side: str = "right") -> np.ndarray:
         return np.exp(-((b / self.sigma) ** 2) / 2) / (self.sigma * sqrt(2 * np.pi))
 
 
@@ -64,24 +80,28 @@ class Laplace:
     """X with density exp(−|x|/b)/(2b): variance 2b², kurtosis 6."""
 
     b: float = 1.0
-    mean = 0.0
+    mean: ClassVar[float] = 0.0
 
     @property
-    def variance(self):
+    def variance(self) -> float:
         return 2 * self.b**2
 
-    def excess(self, b):
+    def excess(self, b: np.ndarray) -> np.ndarray:
         return self.b * self.tail(b)
 
-    def tail(self, b):
+    def tail(self, b: np.ndarray) -> np.ndarray:
         return np.exp(-np.abs(b) / self.b) / 2
 
-    def density(self, b, side="right"):
+    def density(self, b: np.ndarray, side: str = "right") -> np.ndarray:
         return self.tail(b) / self.b
 
 
 #: The three tensors of the paper at variance 1, so that their distortions compare.
-UNIT_VARIANCE = {"uniform": Uniform(sqrt(3)), "normal": Normal(1.0), "laplace": Laplace(1 / sqrt(2))}
+UNIT_VARIANCE: dict[str, Distribution] = {
+    "uniform": Uniform(sqrt(3)),
+    "normal": Normal(1.0),
+    "laplace": Laplace(1 / sqrt(2)),
+}
 
 
 @dataclass(frozen=True)
@@ -90,24 +110,24 @@ class GeneralizedNormal:
 
     beta: float
     alpha: float = 1.0
-    mean = 0.0
+    mean: ClassVar[float] = 0.0
 
     @property
-    def variance(self):
+    def variance(self) -> float:
         return self.alpha**2 * gamma(3 / self.beta) / gamma(1 / self.beta)
 
     @property
-    def kurtosis(self):
+    def kurtosis(self) -> float:
         return float(np.exp(gammaln(5 / self.beta) + gammaln(1 / self.beta) - 2 * gammaln(3 / self.beta)))
 
-    def excess(self, b):
+    def excess(self, b: np.ndarray) -> np.ndarray:
         beyond = self.alpha * gamma(2 / self.beta) / (2 * gamma(1 / self.beta)) * self._left(b, 2)
         return beyond - np.abs(b) * self.tail(b)
 
-    def tail(self, b):
+    def tail(self, b: np.ndarray) -> np.ndarray:
         return self._left(b, 1) / 2
 
-    def density(self, b, side="right"):
+    def density(self, b: np.ndarray, side: str = "right") -> np.ndarray:
         return self.beta * np.exp(-self._exponent(b)) / (2 * self.alpha * gamma(1 / self.beta))
 
     def _exponent(self, b):
@@ -127,29 +147,29 @@ class SymmetricBeta:
 
     p: float
     a: float = 1.0
-    mean = 0.0
+    mean: ClassVar[float] = 0.0
 
     @property
-    def variance(self):
+    def variance(self) -> float:
         return self.a**2 / (2 * self.p + 1)
 
     @property
-    def kurtosis(self):
+    def kurtosis(self) -> float:
         return 3 - 6 / (2 * self.p + 3)
 
-    def excess(self, b):
+    def excess(self, b: np.ndarray) -> np.ndarray:
         inside = np.maximum(1 - (b / self.a) ** 2, 0)
         return self.a * inside**self.p / (2 * self.p * beta(0.5, self.p)) - np.abs(b) * self.tail(b)
 
-    def tail(self, b):
+    def tail(self, b: np.ndarray) -> np.ndarray:
         return betainc(self.p, self.p, np.maximum(1 - np.abs(b) / self.a, 0) / 2)
 
-    def density(self, b, side="right"):
+    def density(self, b: np.ndarray, side: str = "right") -> np.ndarray:
         inside = 1 - (b / self.a) ** 2
         return np.where(inside > EDGE, np.maximum(inside, EDGE) ** (self.p - 1), 0) / (self.a * beta(0.5, self.p))
 
 
-def with_kurtosis(kurtosis):
+def with_kurtosis(kurtosis: float) -> Distribution:
     """The symmetric distribution of variance 1 with that kurtosis, of a family that runs through the paper's three.
 
     Generalized normal above 1.8, uniform there, symmetric beta below it (down to 1, two values). Raises ValueError
@@ -175,7 +195,7 @@ class Integrated:
     Tabulated once at quantiles, so that a threshold adds one short piece; good to 1e-12 standard deviations.
     """
 
-    def __init__(self, dist):
+    def __init__(self, dist: Any) -> None:
         self.dist, self.mean, self.variance = dist, float(dist.mean()), float(dist.var())
         if not np.isfinite(self.variance):
             raise ValueError(f"{dist} has variance {self.variance}; distortion needs a finite one.")
@@ -185,14 +205,14 @@ class Integrated:
         pieces = self._integral(self.knots[:-1], self.knots[1:])
         self.table = np.append(pieces[::-1].cumsum()[::-1], 0.0) + self._beyond(self.knots[-1])
 
-    def excess(self, b):
+    def excess(self, b: np.ndarray) -> np.ndarray:
         right = self._right_excess(b)
         return np.where(b > 0, right, right + b - self.mean)  # E(b − X)⁺ = E(X − b)⁺ + b − μ
 
-    def tail(self, b):
+    def tail(self, b: np.ndarray) -> np.ndarray:
         return np.where(b > 0, self.dist.sf(b), self.dist.cdf(b))
 
-    def density(self, b, side="right"):
+    def density(self, b: np.ndarray, side: str = "right") -> np.ndarray:
         return self.dist.pdf(b * (1 + EDGE if side == "right" else 1 - EDGE))
 
     def _right_excess(self, b):
@@ -213,34 +233,15 @@ class Integrated:
         return sigma * sum(w * sf(b + sigma * (1 + u) / (1 - u)) * 2 / (1 - u) ** 2 for u, w in HALF_LINE)
 
 
-class Samples:
-    """X equally likely to be any value of an array or tensor: exact sums over the sorted values."""
+def as_distribution(dist: Any) -> Distribution:
+    """What `theory` computes with: a distribution of this module, a frozen scipy one, a tensor or an array.
 
-    def __init__(self, x):
-        self.values = np.sort(np.asarray(x, dtype=np.float64).ravel())
-        self.sums = np.append(0.0, self.values.cumsum())
-        self.mean, self.variance = self.values.mean(), self.values.var()
-
-    def excess(self, b):
-        below = np.searchsorted(self.values, b)
-        left = b * below - self.sums[below]
-        right = self.sums[-1] - self.sums[below] - b * (self.values.size - below)
-        return np.where(b > 0, right, left) / self.values.size
-
-    def tail(self, b):
-        below = np.searchsorted(self.values, b)
-        return np.where(b > 0, self.values.size - below, below) / self.values.size
-
-    def density(self, b, side="right"):
-        return np.zeros_like(b)
-
-
-def as_distribution(dist):
+    Raises TypeError for anything else.
+    """
     if hasattr(dist, "excess"):
         return dist
     if hasattr(dist, "sf"):
         return Integrated(dist)
-    values = getattr(dist, "values", dist)
-    if np.ndim(values := dist if callable(values) else values):  # a tensor has a method of that name
-        return Samples(values)
+    if isinstance(dist, Tensor) or np.ndim(dist):
+        return EmpiricalDistribution(dist)
     raise TypeError(f"{dist!r} is not a distribution: give Uniform, Normal, Laplace, a scipy one or samples.")

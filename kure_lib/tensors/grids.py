@@ -19,6 +19,7 @@ from torch import Tensor
 from kure_lib.paths import KureError
 
 MAX_BITS = 16
+FULL = 32  # bits of a float32, which is not quantized
 
 
 @dataclass(frozen=True)
@@ -126,16 +127,15 @@ def _normal_float() -> tuple[float, ...]:
 
 NF4 = Codebook("nf4", 4, _normal_float())
 
-CODEBOOKS = {book.name: book for book in (
-    FP8_E4M3, FP8_E5M2, FP6_E2M3, FP6_E3M2, FP4_E2M1, POWER_OF_TWO_4, NF4,
-)}  # fmt: skip
-
 Format = Grid | Codebook
 
-GRIDS = {grid.name: grid for grid in (MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED)}
+GRIDS: dict[str, Grid] = {grid.name: grid for grid in (MID_RISE, MID_TREAD, SIGNED_INT, UNSIGNED)}
+CODEBOOKS: dict[str, Codebook] = {
+    book.name: book for book in (FP8_E4M3, FP8_E5M2, FP6_E2M3, FP6_E3M2, FP4_E2M1, POWER_OF_TWO_4, NF4)
+}
 
 
-def grid_named(name: str) -> Grid | Codebook:
+def grid_named(name: str) -> Format:
     """The grid or codebook of that name; `KureError` lists the known ones."""
     known = GRIDS | CODEBOOKS
     if name not in known:
@@ -144,11 +144,12 @@ def grid_named(name: str) -> Grid | Codebook:
 
 
 def check_bits(bits: int) -> None:
+    """Raise `KureError` unless `bits` is a whole number from 1 to `MAX_BITS`."""
     if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= bits <= MAX_BITS:
         raise KureError(f"Cannot quantize to {bits} bits: give a whole number from 1 to {MAX_BITS}.")
 
 
-def levels(bits: int, grid: Grid | Codebook = MID_RISE) -> Tensor:
+def levels(bits: int, grid: Format = MID_RISE) -> Tensor:
     """All levels of the grid in units of the step, ascending, float64 of shape [levels].
 
     >>> levels(2, SIGNED_INT).tolist()
@@ -156,3 +157,38 @@ def levels(bits: int, grid: Grid | Codebook = MID_RISE) -> Tensor:
     """
     check_bits(bits)
     return torch.from_numpy(grid.levels(bits))
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bit-widths of weights and activations; None stands for full precision.
+
+    Raises `KureError` for a bit-width that no grid has.
+
+    >>> Bits.named("4/FP"), str(Bits(4, 8)), str(Bits()), Bits(3).widths
+    (Bits(weight=4, activation=None), '4/8', 'FP', (3, 32))
+    """
+
+    weight: int | None = None
+    activation: int | None = None
+
+    def __post_init__(self) -> None:
+        for bits in {self.weight, self.activation} - {None}:
+            check_bits(bits)
+
+    @classmethod
+    def named(cls, name: str) -> "Bits":
+        """The bit-widths that a name such as "4/FP", "8/8" or "FP" stands for, as the paper's tables write them."""
+        parts = ["FP", "FP"] if name == "FP" else name.split("/")
+        if len(parts) != 2 or not all(part == "FP" or part.isdecimal() for part in parts):
+            raise KureError(f"Cannot read the bit-widths '{name}': write for example 4/FP, 8/8 or FP.")
+        return cls(*(None if part == "FP" else int(part) for part in parts))
+
+    def __str__(self) -> str:
+        names = ["FP" if bits is None else str(bits) for bits in (self.weight, self.activation)]
+        return "FP" if names == ["FP", "FP"] else "/".join(names)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The widths as numbers for the axes of figures, where full precision has the 32 bits of float32."""
+        return self.weight or FULL, self.activation or FULL

@@ -11,6 +11,7 @@ moved to the common mean afterwards, so a mean far from zero costs no digits.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -72,7 +73,7 @@ class _Kurtosis(torch.autograd.Function):
     """The kurtosis of each of the C equal parts of each of L dense tensors, [L·C]."""
 
     @staticmethod
-    def forward(ctx, channels, *tensors):
+    def forward(ctx: Any, channels: int, *tensors: Tensor) -> Tensor:
         mean, m2, m3, m4 = np.concatenate([_moments(x, channels) for x in tensors]).T
         with np.errstate(all="ignore"):  # a value that is not finite is reported by the caller
             value = np.where(_varies(mean, m2, tensors[0].dtype), m4 / m2**2, math.nan)
@@ -82,7 +83,7 @@ class _Kurtosis(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_value):
+    def backward(ctx: Any, grad_value: Tensor) -> tuple:
         tensors, (mean, m2, m3, value) = ctx.saved_tensors, ctx.moments
         channels = len(mean) // len(tensors)
         length = np.repeat([x.numel() / channels for x in tensors], channels)
@@ -107,7 +108,7 @@ def _moments(x: Tensor, channels: int) -> np.ndarray:
     return _central_moments(_power_sums(_in_memory_order(x), length), channels)
 
 
-def _varies(mean, m2, dtype: torch.dtype):
+def _varies(mean, m2, dtype):
     """Whether the variance is more than what rounding makes of equal values, and its square no underflow."""
     limits = torch.finfo(dtype)
     return (m2 > (limits.eps * mean) ** 2) & (m2 * m2 > limits.tiny)

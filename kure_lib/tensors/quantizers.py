@@ -57,6 +57,7 @@ def nearest(x: Tensor, book: Codebook) -> Tensor:
     The gradient is straight-through: 1 as far as rounding does not overflow, which is half a gap beyond the
     outermost levels, and 0 outside.
 
+    >>> from kure_lib.tensors.grids import FP4_E2M1
     >>> nearest(torch.tensor([0.25, 0.75, 2.5, 100.0]), FP4_E2M1).tolist()
     [0.0, 1.0, 2.0, 6.0]
     """

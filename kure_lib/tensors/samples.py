@@ -25,7 +25,8 @@ class EmpiricalDistribution:
     Raises `KureError` for an empty tensor and for infinite or NaN values.
     """
 
-    def __init__(self, x: Tensor):
+    def __init__(self, x: Tensor | np.ndarray):
+        x = torch.as_tensor(x)
         x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().double()
         values = np.sort(x.reshape(-1).cpu().numpy())
         if values.size == 0 or not np.isfinite(values[[0, -1]]).all():
@@ -44,6 +45,30 @@ class EmpiricalDistribution:
     def max_abs(self) -> float:
         return float(max(-self.values[0], self.values[-1]))
 
+    @property
+    def mean(self) -> float:
+        return float(self.sums[-1] / self.values.size)
+
+    @cached_property
+    def variance(self) -> float:
+        return float(self.values.var(dtype=np.float64))
+
+    def excess(self, b: np.ndarray) -> np.ndarray:
+        """E(X − b)⁺, or E(b − X)⁺ for a threshold at or below zero; the next two complete what `theory` asks for."""
+        below = np.searchsorted(self.values, b)
+        left = b * below - self.sums[below]
+        right = self.sums[-1] - self.sums[below] - b * (self.values.size - below)
+        return np.where(b > 0, right, left) / self.values.size
+
+    def tail(self, b: np.ndarray) -> np.ndarray:
+        """P(X > b), or P(X < b) for a threshold at or below zero."""
+        below = np.searchsorted(self.values, b)
+        return np.where(b > 0, self.values.size - below, below) / self.values.size
+
+    def density(self, b: np.ndarray, side: str = "right") -> np.ndarray:
+        """Zero: between two samples the distortion is a parabola, and only its kinks have a density."""
+        return np.zeros_like(b)
+
     @cached_property
     def landmarks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Some 65,000 of the values of a large tensor, all near its ends, with the sum and the number below each.
@@ -56,17 +81,15 @@ class EmpiricalDistribution:
         ranks = np.concatenate([np.arange(TAIL), between, np.arange(size - TAIL, size + 1)])
         return self.values[ranks[:-1]], self.sums[ranks], ranks
 
-    def moments(
-        self, steps: np.ndarray, bits: int, grid: Format, rough: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def moments(self, steps: np.ndarray, bits: int, grid: Format, rough: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Σ x·level and Σ level² over the tensor at each step, with levels in units of the step: as `steps` each."""
         level = levels(bits, grid).numpy()
         middle = (level[1:] + level[:-1]) / 2
         if self.values.size < len(level):  # cheaper value by value, say for a channel
             nearest = level[np.searchsorted(middle, self.values / steps[..., None])]
             return nearest @ self.values, np.square(nearest).sum(-1)
-        parts = self.landmarks if rough and self.values.size > LARGE else (self.values, self.sums, None)
-        product, square = _moments(*parts, middle, level, steps.ravel())
+        values, sums, ranks = self.landmarks if rough and self.values.size > LARGE else (self.values, self.sums, None)
+        product, square = _moments(values, sums, ranks, middle, level, steps.ravel())
         return product.reshape(steps.shape), square.reshape(steps.shape)
 
     def mse(self, steps: np.ndarray, bits: int, grid: Format, rough: bool = False) -> np.ndarray:

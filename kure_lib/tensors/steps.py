@@ -1,6 +1,7 @@
-"""How the step Δ of a grid is chosen for a tensor."""
+"""Step rules: how the step Δ of a grid is chosen for a tensor, its channels or its blocks."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,17 +14,19 @@ from kure_lib.tensors.grids import FP8_E4M3, MID_RISE, Codebook, Format, check_b
 from kure_lib.tensors.quantizers import nearest
 from kure_lib.tensors.samples import EmpiricalDistribution
 
+# Search for the step of least MSE.
 COARSE, FINE = 512, 12  # points of the first scan and of each finer one
-DENSER = 4  # times as many points in the first scan for codebooks: a float has a valley for every level of an octave
+DENSER = 4  # factor on COARSE for codebooks, whose MSE has a valley for every level of an octave
 VALLEYS, ROUNDS = 12, 1  # valleys that are followed, and finer scans after the first
-SCAN, SAMPLE, SCAN_SAMPLE = 48, 2**16, 2**13  # norms other than the second: steps tried, values looked at, while so
+# Search for the step of least p-norm.
+SCAN, SAMPLE, SCAN_SAMPLE = 48, 2**16, 2**13  # points of the scan, values in all, values while scanning
 
 
 def _as_distribution(x: Tensor | EmpiricalDistribution) -> EmpiricalDistribution:
     return x if isinstance(x, EmpiricalDistribution) else EmpiricalDistribution(x)
 
 
-def mse_curve(x: Tensor | EmpiricalDistribution, steps, bits: int, grid: Format = MID_RISE) -> Tensor:
+def mse_curve(x: Tensor | EmpiricalDistribution, steps: theory.Steps, bits: int, grid: Format = MID_RISE) -> Tensor:
     """MSE(X, Δ) = E[(X − Q_Δ(X))²] at each of the steps: float64 of shape [steps], exact.
 
     >>> mse_curve(torch.tensor([-0.9, 0.2, 0.5]), [1.0], bits=2).item()
@@ -39,13 +42,12 @@ def max_abs_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
 
 
 def mse_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
-    """The step of least MSE, the global minimum; for NF4, of those that reach at most twice as far as the tensor.
+    """The step of least MSE over all steps whose outermost level lies within twice the largest magnitude.
 
-    The outermost level lies at most at twice the largest magnitude: beyond, a float at half the scale has all the
-    levels it had within reach and more, and a grid has finer ones; only NF4 may fit a few values better by chance.
-    Between two steps at which some value changes its cell, the MSE is a parabola in Δ. A scan over all useful steps
-    finds the deepest valleys, finer scans follow each of them down, and from there Δ = Σ x·code / Σ code², with the
-    codes of the Δ before, leads to the bottom of the parabola.
+    This is the global minimum for grids and floats: a larger step of a grid is coarser, and a float at half the scale
+    keeps all levels within reach. NF4 alone could fit a few values better by chance at a larger scale. The MSE is a
+    parabola in Δ between two steps at which some value changes its cell. A first scan finds the deepest valleys, finer
+    scans follow each of them, and the iteration Δ = Σ x·code / Σ code² ends at the bottom of the parabola.
     """
     widest = 2 * max_abs_step(x, bits, grid)
     points = COARSE * (DENSER if isinstance(grid, Codebook) else 1)
@@ -78,8 +80,6 @@ def _brackets(steps: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def percentile_step(x: EmpiricalDistribution, bits: int, grid: Format, percent: float = 99.9) -> float:
     """The step whose outermost level is a percentile of the magnitudes, 99.9 unless named."""
-    if not 0 < percent <= 100:
-        raise KureError(f"A percentile lies above 0 and at most at 100; {percent:g} does not.")
     magnitudes = np.abs(x.values)
     return float(np.percentile(magnitudes[magnitudes > 0], percent)) / grid.outermost(bits)
 
@@ -87,10 +87,8 @@ def percentile_step(x: EmpiricalDistribution, bits: int, grid: Format, percent: 
 def lp_step(x: EmpiricalDistribution, bits: int, grid: Format, p: float = 2.0) -> float:
     """The step of least E|X − Q_Δ(X)|^p, on at most `SAMPLE` quantiles of the tensor; LAPQ starts here.
 
-    A large p minds the clipped values more, a small one the many in the middle.
+    A large p weighs the few clipped values more, a small p the many values in the middle.
     """
-    if not 0 < p < np.inf:
-        raise KureError(f"The norm p must be above zero and finite, not {p:g}.")
     values = x.values[:: -(-x.values.size // SAMPLE)].astype(np.float64)
     level = levels(bits, grid).numpy()
     middle = (level[1:] + level[:-1]) / 2
@@ -107,63 +105,126 @@ def lp_step(x: EmpiricalDistribution, bits: int, grid: Format, p: float = 2.0) -
     return float(minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 1e-4 * bounds[0]}).x)
 
 
+#: Families that aciq fits, by E|X|/√E[X²].
+FAMILIES = {"normal": (2 / np.pi) ** 0.5, "laplace": 0.5**0.5, "uniform": 0.75**0.5}
+
+
 def aciq_step(x: EmpiricalDistribution, bits: int, grid: Format, family: str | None = None) -> float:
     """The optimal step of a `normal`, `laplace` or `uniform` distribution fitted to the tensor (Banner et al. 2019).
 
     Without a name the family is the one whose E|X|/√E[X²] is closest to the tensor's. On an unsigned grid the
     positive values are taken for one half of a symmetric distribution.
     """
-    count = x.values.size if grid.signed else max(np.count_nonzero(x.values > 0), 1)
+    count = x.values.size if grid.signed else max(int((x.values > 0).sum()), 1)
     size, rms = x.mean_abs * x.values.size / count, (x.square_sum / count) ** 0.5
     fitted = {"normal": theory.Normal(rms), "laplace": theory.Laplace(size), "uniform": theory.Uniform(x.max_abs)}
-    ratios = {"normal": (2 / np.pi) ** 0.5, "laplace": 0.5**0.5, "uniform": 0.75**0.5}
-    family = family or min(ratios, key=lambda name: abs(ratios[name] - size / rms))
-    if family not in fitted:
-        raise KureError(f"Unknown family '{family}' for aciq: choose one of {', '.join(fitted)}.")
+    family = family or min(FAMILIES, key=lambda name: abs(FAMILIES[name] - size / rms))
     return float(theory.optimal_step(fitted[family], bits, grid))
 
 
-METHODS: dict[str, Callable[..., float]] = {
+#: Step rules by name; an argument follows the name after a colon, as in "lp:2.5".
+STEP_RULES: dict[str, Callable[..., float]] = {
     "mse": mse_step, "max_abs": max_abs_step, "percentile": percentile_step, "lp": lp_step, "aciq": aciq_step,
 }  # fmt: skip
-ARGUMENTS = {"percentile": float, "lp": float, "aciq": str}
+BLOCK_RULES = ("max_abs", "mx", "nvfp4")
+
+
+def _percent(text: str) -> float:
+    if not 0 < (percent := float(text)) <= 100:
+        raise KureError(f"A percentile lies above 0 and at most at 100; {percent:g} does not.")
+    return percent
+
+
+def _norm(text: str) -> float:
+    if not 0 < (p := float(text)) < np.inf:
+        raise KureError(f"The norm p must be above zero and finite, not {p:g}.")
+    return p
+
+
+def _family(text: str) -> str:
+    if text not in FAMILIES:
+        raise KureError(f"Unknown family '{text}' for aciq: choose one of {', '.join(FAMILIES)}.")
+    return text
+
+
+_ARGUMENTS: dict[str, Callable[[str], float | str]] = {"percentile": _percent, "lp": _norm, "aciq": _family}
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which values share one step: those of a tensor, of an output channel, or of a block of `size` within one."""
+
+    name: str
+    size: int | None = None
+
+    def __str__(self) -> str:
+        return f"per {self.name}" + (f" of {self.size}" if self.size else "")
+
+
+PER_TENSOR, PER_CHANNEL = Scope("tensor"), Scope("channel")
+
+
+def per_block(size: int) -> Scope:
+    """The scope in which `size` weights of a channel in a row share a step; the last block may be shorter."""
+    if size < 1:
+        raise KureError(f"A block of {size} values cannot have a step of its own: give a size from 1 on.")
+    return Scope("block", size)
+
+
+def parse_rule(rule: str, scope: Scope = PER_TENSOR) -> tuple[str, list]:
+    """The name of a step rule and its arguments; raises `KureError` for a rule that there is not in that scope.
+
+    >>> parse_rule("lp:2.5")
+    ('lp', [2.5])
+    """
+    name, _, argument = rule.partition(":")
+    known = BLOCK_RULES if scope.size else STEP_RULES
+    if name not in known:
+        raise KureError(f"Unknown rule '{rule}' to choose a step {scope}: choose one of {', '.join(known)}.")
+    try:
+        return name, [_ARGUMENTS[name](argument)] if argument else []
+    except (KeyError, ValueError):
+        raise KureError(
+            f"The step rule '{rule}' cannot be read: write for example lp:2.5, percentile:99.9 or aciq:laplace; the "
+            "others stand alone."
+        ) from None
 
 
 def best_step(
-    x: Tensor | EmpiricalDistribution, bits: int, grid: Format = MID_RISE, method: str = "mse",
-    per_channel: bool = False, block: int | None = None,
-) -> Tensor:  # fmt: skip
-    """The step Δ for a tensor, float32 without dimensions; or for each channel, of shape [C, 1, …, 1].
+    x: Tensor | EmpiricalDistribution, bits: int, grid: Format = MID_RISE, rule: str = "mse", scope: Scope = PER_TENSOR
+) -> Tensor:
+    """The step Δ for a tensor, or for each of its channels or blocks.
 
-    Or with `block` for that many weights of a channel in a row, the last block perhaps shorter, of the tensor's own
-    shape: then `method` is `max_abs`, `mx` or `nvfp4` (see `formats.block_scale`).
+    Args:
+        x: Values of any shape; an `EmpiricalDistribution` of them serves several bit-widths with one sort.
+        bits: Bit-width M of the grid.
+        grid: Grid or codebook.
+        rule: `mse` (least mean squared error, the paper's Δ̃), `max_abs` (no clipping), `percentile:99.9`, `lp:2.5`
+            (least p-norm of the error), `aciq:laplace` (optimal for a fitted distribution); what follows the colon
+            may be left out. Blocks take `max_abs`, `mx` or `nvfp4` (see `block_scale`).
+        scope: `PER_TENSOR`, `PER_CHANNEL` (first dimension) or `per_block(size)`.
 
-    `method` is `mse` (least mean squared error, Δ̃ of the paper), `max_abs` (no clipping), `percentile:99.9`,
-    `lp:2.5` (least p-norm of the error) or `aciq:laplace` (optimal for a fitted distribution); what follows the
-    colon may be left out. To ask for several bit-widths of one tensor, hand over an `EmpiricalDistribution` of
-    it. Raises `KureError` for an unknown method, and for a tensor that is empty, all zero, or has infinite or
-    NaN values.
+    Returns:
+        float32 without dimensions, [C, 1, …, 1] per channel, or of x's own shape by blocks.
+
+    Raises:
+        KureError: The rule is unknown, or the tensor is empty, all zero, or has infinite or NaN values.
 
     >>> best_step(torch.linspace(-1, 1, 1001), bits=2).item()
     0.5...
     """
-    if block is not None:
-        return _block_steps(x, bits, grid, method, per_channel, block)
-    name, _, argument = method.partition(":")
-    if name not in METHODS:
-        raise KureError(f"Unknown method '{method}' to choose a step: choose one of {', '.join(METHODS)}.")
-    try:
-        arguments = [ARGUMENTS[name](argument)] if argument else []
-    except (KeyError, ValueError):
-        raise KureError(f"The method '{method}' cannot be read: write for example lp:2.5, percentile:99.9 or "
-                        "aciq:laplace; mse and max_abs stand alone.") from None  # fmt: skip
+    name, arguments = parse_rule(rule, scope)
     check_bits(bits)
-    if per_channel:
-        steps = [best_step(channel, bits, grid, method) for channel in x]
+    if scope != PER_TENSOR:
+        if isinstance(x, EmpiricalDistribution):
+            raise KureError(f"Steps {scope} are chosen for a tensor: an EmpiricalDistribution has lost its shape.")
+        if scope.size:
+            return _block_steps(x, bits, grid, name, scope.size)
+        steps = [best_step(channel, bits, grid, rule) for channel in x]
         return torch.stack(steps).reshape(-1, *[1] * (x.dim() - 1))
     x = _as_distribution(x)
     _check_not_zero(x.max_abs)
-    step = METHODS[name](x, bits, grid, *arguments)
+    step = STEP_RULES[name](x, bits, grid, *arguments)
     if not step > 0:
         raise KureError(f"No step suits the tensor: the {bits}-bit grid {grid.name} has no levels on its side of zero.")
     return torch.tensor(step, dtype=torch.float32)
@@ -174,18 +235,15 @@ def _check_not_zero(largest: float | Tensor) -> None:
         raise KureError("Cannot choose a step for a tensor that is zero everywhere.")
 
 
-def _block_steps(x: Tensor, bits: int, grid: Format, method: str, per_channel: bool, block: int) -> Tensor:
-    if per_channel or block < 1:
-        raise KureError(f"A block of {block} values cannot have a step of its own: give a size from 1 on, and "
-                        "no steps per channel.")  # fmt: skip
+def _block_steps(x: Tensor, bits: int, grid: Format, rule: str, size: int) -> Tensor:
     rows = x.detach().abs().flatten(1).float()
     if not rows.isfinite().all():
         raise KureError("Cannot choose steps for blocks with infinite or NaN values.")
     _check_not_zero(rows.max())
     width = rows.shape[1]
-    blocks = torch.nn.functional.pad(rows, (0, -width % block)).unflatten(1, (-1, block))
-    scale = block_scale(blocks.amax(-1), method, grid.outermost(bits))
-    return scale.repeat_interleave(block, 1)[:, :width].reshape(x.shape)
+    blocks = torch.nn.functional.pad(rows, (0, -width % size)).unflatten(1, (-1, size))
+    scale = block_scale(blocks.amax(-1), rule, grid.outermost(bits))
+    return scale.repeat_interleave(size, 1)[:, :width].reshape(x.shape)
 
 
 def power_of_two(step: Tensor) -> Tensor:
@@ -197,25 +255,25 @@ def power_of_two(step: Tensor) -> Tensor:
     return torch.exp2(torch.log2(step).round())
 
 
-def block_scale(largest: Tensor, method: str, outermost: float) -> Tensor:
+def block_scale(largest: Tensor, rule: str, outermost: float) -> Tensor:
     """The scale of each block from the largest magnitude in it, of the same shape; `outermost` is the highest level.
 
     `max_abs` puts that level on the magnitude. `mx` is the Microscaling specification's (Sec. 6.3): a power of
     two, 2^(⌊log2 max⌋ − ⌊log2 outermost⌋), of 8 bits, so that what lies above the level saturates. `nvfp4` is that
     of NVIDIA's format: `max_abs` rounded to FP8 E4M3, in units of a float32 scale of the whole tensor that puts
-    448 on the largest. A block of zeros gets the smallest scale there is. Raises `KureError` for another method.
+    448 on the largest. A block of zeros gets the smallest scale there is. Raises `KureError` for another rule.
 
     >>> block_scale(torch.tensor([0.9, 12.0]), "mx", 6.0).tolist()
     [0.125, 2.0]
     """
     ideal = largest / outermost
-    if method == "max_abs":
+    if rule == "max_abs":
         return torch.where(ideal > 0, ideal, 1.0)
-    if method == "mx":  # frexp is exact where log2 need not be
+    if rule == "mx":  # frexp is exact where log2 need not be
         exponent = torch.frexp(largest).exponent - torch.frexp(torch.tensor(outermost)).exponent
         return torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, exponent, -127).clamp(-127, 127))
-    if method == "nvfp4":
+    if rule == "nvfp4":
         tensor_scale = ideal.max() / FP8_E4M3.values[-1]
         smallest = FP8_E4M3.values[FP8_E4M3.values.index(0.0) + 1]
         return nearest(ideal / tensor_scale, FP8_E4M3).clamp(min=smallest) * tensor_scale
-    raise KureError(f"The scale of a block cannot be chosen by '{method}': choose max_abs, mx or nvfp4.")
+    raise KureError(f"The scale of a block cannot be chosen by '{rule}': choose max_abs, mx or nvfp4.")

@@ -15,18 +15,22 @@ the grid with 2^M + 1 levels.
 """
 
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
 
 from kure_lib.tensors.distributions import UNIT_VARIANCE, Laplace, Normal, Uniform, as_distribution
+from kure_lib.tensors.grids import Format
 
 __all__ = ["UNIT_VARIANCE", "Laplace", "Normal", "Uniform", "derivatives", "mse", "optimal_step", "sensitivity"]
+
+Steps = Any  # a number, a sequence of them or an array
 
 VALLEYS, POINTS = 8, 24  # of the distortion against the step that are looked into, and at how many steps each
 
 
-def mse(dist, step, bits, grid):
+def mse(dist: Any, step: Steps, bits: int, grid: Format) -> np.ndarray:
     """MSE(X, Δ) = E[(X − Q_Δ(X))²] (paper, Eq. 2).
 
     `dist` is one of `distributions`, a frozen scipy one, a tensor or its `steps.EmpiricalDistribution`; `step`
@@ -43,7 +47,7 @@ def mse(dist, step, bits, grid):
     return dist.variance + (dist.mean - o * step) ** 2 - 2 * step * excess
 
 
-def derivatives(dist, step, bits, grid, side="right"):
+def derivatives(dist: Any, step: Steps, bits: int, grid: Format, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
     """∂MSE/∂Δ and ∂²MSE/∂Δ² at `step`: two arrays of its shape, in units of X and of 1.
 
     Where a threshold meets a jump of the density (an end of a uniform tensor) the second one jumps too:
@@ -63,7 +67,7 @@ def derivatives(dist, step, bits, grid, side="right"):
     return first, second
 
 
-def optimal_step(dist, bits, grid):
+def optimal_step(dist: Any, bits: int, grid: Format) -> float:
     """Δ̃: the step of least MSE, a float, to the precision at which MSE′ can be told from zero.
 
     A root of MSE′ in the deepest valley among 500 steps, from where the outermost level lies a quarter of a standard
@@ -82,7 +86,7 @@ def optimal_step(dist, bits, grid):
     valleys = 1 + np.flatnonzero((coarse[1:-1] <= coarse[:-2]) & (coarse[1:-1] <= coarse[2:]))
     deepest = valleys[np.argsort(coarse[valleys])[:VALLEYS]]
     fine = np.linspace(steps[deepest - 1], steps[deepest + 1], POINTS)  # [points, valleys]
-    point, valley = np.unravel_index(np.argmin(mse(dist, fine, bits, grid)), fine.shape)
+    point, valley = map(int, np.unravel_index(np.argmin(mse(dist, fine, bits, grid)), fine.shape))
     low, high = fine[max(point - 1, 0), valley], fine[min(point + 1, POINTS - 1), valley]
 
     def slope(step):
@@ -91,7 +95,7 @@ def optimal_step(dist, bits, grid):
     return float(brentq(slope, low, high, xtol=1e-15 * scale, rtol=1e-14))
 
 
-def sensitivity(dist, eps, bits, grid):
+def sensitivity(dist: Any, eps: Steps, bits: int, grid: Format) -> np.ndarray:
     """Γ(X, ε) = |MSE(X, Δ̃ + ε) − MSE(X, Δ̃)| (paper, Eq. 4); ε is signed: below zero it clips more.
 
     >>> from kure_lib.tensors.grids import SIGNED_INT

@@ -2,20 +2,40 @@
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
-from kure_lib.training.qat import QatConfig
+from kure_lib.networks.data import SOURCES
+from kure_lib.networks.models import NETWORKS
+from kure_lib.paths import KureError
+from kure_lib.quantization.spec import TRAINED_RULES
+from kure_lib.tensors.grids import Bits
+from kure_lib.training.regularizers import REDUCTIONS
+from kure_lib.training.rivals import RIVALS
 
 TRAINING_VERSION = 1  # raise it when the same configuration would give other weights
 
 Positive = Annotated[float, Field(gt=0)]
-Architecture = Literal["resnet20", "mobilenet_v2_050", "resnet18", "resnet50", "mobilenet_v2"]
+
+
+def _one_of(kind: str, table: Iterable[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in table:
+            raise KureError(f"Unknown {kind} '{name}': choose one of {', '.join(table)}.")
+        return name
+
+    return AfterValidator(check)
+
+
+def _written_as_method(name: str) -> Any:
+    """The field of that name is called "method" in JSON, hence in keys and records; input takes both."""
+    return Field(validation_alias=AliasChoices(name, "method"), serialization_alias="method")
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
 
 class KureConfig(Frozen):
@@ -26,48 +46,64 @@ class KureConfig(Frozen):
 
     target: float = Field(1.8, ge=1)
     coefficient: Positive = 1.0
-    reduction: Literal["mean", "sum", "max"] = "mean"
+    reduction: Annotated[str, _one_of("reduction", REDUCTIONS)] = "mean"
     per_channel: bool = False
     of: Literal["weights", "activations"] = "weights"
 
     @model_validator(mode="after")
     def _check(self) -> "KureConfig":
         if self.of == "activations" and (self.reduction != "mean" or self.per_channel):
-            raise ValueError("KURE of activations is per tensor, with the mean over them")
+            raise KureError("KURE of activations is per tensor, with the mean over them: leave the other options out.")
         return self
 
 
-class RivalConfig(Frozen):
-    """Another way to robustness (see `rivals`), in place of KURE or beside it; `strength` is explained there."""
+class QatConfig(Frozen):
+    """How a run is quantized while it is trained. LSQ needs two bits for weights: at one its Q_p is zero."""
 
-    method: Literal[
-        "gradient_l1", "range", "outliers", "entropy", "variation", "wasserstein", "noise", "sam", "ema"
-    ]  # fmt: skip
+    quantizer: Annotated[str, _one_of("quantizer", TRAINED_RULES), _written_as_method("quantizer")]
+    weight_bits: int = Field(ge=2, le=16)
+    activation_bits: int = Field(ge=1, le=16)
+
+    @property
+    def bits(self) -> Bits:
+        return Bits(self.weight_bits, self.activation_bits)
+
+    @property
+    def name(self) -> str:
+        return f"{self.quantizer} {self.bits}"
+
+    @classmethod
+    def named(cls, name: str) -> "QatConfig":
+        """From its name, such as "lsq 4/8": the quantizer, the bits of weights and those of activations."""
+        quantizer, _, bits = name.partition(" ")
+        widths = Bits.named(bits)
+        fields = {"quantizer": quantizer, "weight_bits": widths.weight, "activation_bits": widths.activation}
+        return cls.model_validate(fields)
+
+
+class RivalConfig(Frozen):
+    """Another way to robustness, in place of KURE or beside it; `rivals` explains what `strength` is for each."""
+
+    name: Annotated[str, _one_of("rival", RIVALS), _written_as_method("name")]
     strength: Positive
 
 
 class RunConfig(Frozen):
-    """Everything that decides what a training run computes.
+    """Everything that decides what a training run computes."""
 
-    `start` is the run whose weights this one begins with. The learning rate follows one cycle (Smith 2018)
-    that peaks at `learning_rate`, or, with `decay_every`, is multiplied by `decay_factor` every so many
-    epochs. `train_size` keeps only the first so many training images; `held_out` takes so many of the last ones away,
-    and the run is tested on these instead of the test images, so that settings can be chosen by them.
-    """
-
-    model: Architecture
-    data: Literal["fashion_mnist", "cifar10", "imagenet"] = "fashion_mnist"
-    train_size: int | None = Field(None, ge=1)
-    held_out: int = Field(0, ge=0)
+    model: Annotated[str, _one_of("architecture", NETWORKS)]
+    data: Annotated[str, _one_of("data set", SOURCES)] = "fashion_mnist"
+    train_size: int | None = Field(None, ge=1)  # only so many of the first images are used, in training and test
+    held_out: int = Field(0, ge=0)  # so many of the last training images replace the test images, to choose settings by
     seed: int = 0
-    start: "RunConfig | None" = None
-    pretrained: bool = False
+    start: "RunConfig | None" = None  # the run whose weights this one begins with
+    pretrained: bool = False  # begins with torchvision's ImageNet weights
     epochs: int = Field(ge=0)
-    learning_rate: Positive
+    learning_rate: Positive  # the peak of one cycle (Smith 2018) or, with `decay_every`, the rate of the first epochs
     weight_decay: float = Field(ge=0)
     batch_size: int = Field(256, ge=2)
     momentum: float = Field(0.9, ge=0, lt=1)
-    decay_every: int | None = Field(None, ge=1)
+    decay_every: int | None = Field(None, ge=1)  # epochs after which the learning rate is multiplied by `decay_factor`
     decay_factor: Positive = 0.1
     regularizer: KureConfig | None = None
     quantization: QatConfig | None = None
@@ -76,10 +112,18 @@ class RunConfig(Frozen):
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         if self.rival and self.quantization:
-            raise ValueError("a rival is compared in full precision: leave quantization out")
+            raise KureError("A rival is compared in full precision: leave quantization out.")
         if self.held_out and self.data == "imagenet":
-            raise ValueError("held_out takes images from the end of a set that is not sorted by class, as ImageNet is")
+            raise KureError("ImageNet is sorted by class, so its last images cannot be held out: leave held_out out.")
         return self
+
+    @property
+    def methods(self) -> dict[str, Frozen]:
+        """Settings by the name of their training method, in the order in which penalties add."""
+        kure = self.regularizer and ("kure_of_activations" if self.regularizer.of == "activations" else "kure")
+        qat, rival = self.quantization and self.quantization.quantizer, self.rival and self.rival.name
+        settings = {qat: self.quantization, kure: self.regularizer, rival: self.rival}
+        return {name: each for name, each in settings.items() if name and each}
 
     @property
     def key(self) -> str:
@@ -96,9 +140,9 @@ class RunConfig(Frozen):
         kure, rival, qat, start = self.regularizer, self.rival, self.quantization, self.start
         of = "activations-" if kure and kure.of == "activations" else ""
         parts = [self.model]
-        parts += [f"{qat.method}-{qat.weight_bits}-{qat.activation_bits}"] if qat else []
+        parts += [f"{qat.quantizer}-{qat.weight_bits}-{qat.activation_bits}"] if qat else []
         parts += [f"kure-{of}{kure.target:g}-{kure.coefficient:g}"] if kure else []
-        parts += [f"{rival.method}-{rival.strength:g}"] if rival else []
+        parts += [f"{rival.name}-{rival.strength:g}"] if rival else []
         parts += ["control" if start else "pretrained"] if not (kure or rival) else []
         parts += ["scratch"] if kure and not start else []
         if start:  # what differs from it and is not the stage's own

@@ -1,79 +1,49 @@
 """Quantization-aware training: DoReFa (Zhou et al. 2016) and LSQ (Esser et al., ICLR 2020) as views of a network.
 
-Inside the view the forward pass computes with quantized weights and activations while the optimizer moves
-the latent full-precision weights, on which KURE acts too. The same view with another bit-width or step ratio
-is how a trained network is tested where it was not trained: latent weights kept, quantizer changed. As in
-post-training quantization the first and the last layer, and the first and the last activation, stay as they are.
+Within the view the forward pass computes with quantized weights and activations, while the optimizer moves the latent
+full-precision weights, on which KURE acts too. The same view with other bit-widths or another step ratio is how a
+trained network is tested at settings it was not trained for: the latent weights stay, the quantizer changes. As after
+training, the first and the last layer, and the first and the last activation, are not quantized.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Annotated, Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kure_lib.networks import activations
+from kure_lib.networks.layers import latent_weight, quantized_layers, restored
 from kure_lib.quantization import calibration
-from kure_lib.quantization.view import quantized_layers, restored
-from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, UNSIGNED
+from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, UNSIGNED, Bits
 from kure_lib.tensors.quantizers import quantize
-
-TRAINED = -1  # in place of a bit-width: the one the network was trained for
-
-Bits = Annotated[int, Field(ge=1, le=16)]
+from kure_lib.training.configs import QatConfig
+from kure_lib.training.protocol import Steps, TrainingMethod
 
 
-class QatConfig(BaseModel):
-    """How a run is quantized while it is trained. LSQ needs two bits for weights: at one its Q_p is zero."""
+class QuantizationAwareTraining(TrainingMethod):
+    """Training within the quantized view of a network; LSQ's steps are learned and begin by `images`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    def __init__(self, model: nn.Module, config: QatConfig, images: Tensor):
+        self.model, self.config = model, config
+        self.steps = initial_steps(model, config, images)
+        self._sites = activations.quantized_sites(model, images[:1])
 
-    method: Literal["dorefa", "lsq"]
-    weight_bits: Annotated[int, Field(ge=2, le=16)]
-    activation_bits: Bits
-
-    @property
-    def name(self) -> str:
-        return f"{self.method} {self.weight_bits}/{self.activation_bits}"
-
-    @classmethod
-    def named(cls, name: str) -> "QatConfig":
-        """From its name, such as "lsq 4/8": the method, the bits of weights and those of activations."""
-        method, bits = name.split()
-        weight_bits, activation_bits = map(int, bits.split("/"))
-        return cls(method=method, weight_bits=weight_bits, activation_bits=activation_bits)
-
-
-class Steps(dict[str, nn.Parameter]):
-    """Learned steps by layer and activation site, kept in a checkpoint as a module's parameters are."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: step.detach() for name, step in self.items()}
-
-    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        for name, step in self.items():
-            step.data.copy_(saved[name])
-
-    @classmethod
-    def of(cls, numbers: Mapping[str, float]) -> "Steps":
-        return cls({name: nn.Parameter(torch.tensor(step)) for name, step in numbers.items()})
-
-    def as_numbers(self) -> dict[str, float]:
-        return {name: step.item() for name, step in self.items()}
+    def view(self) -> AbstractContextManager:
+        return quantized(self.model, self.config, self.steps, self._sites)
 
 
 class LearnedStepQuantize(torch.autograd.Function):
     """Clip to [low, high] steps, round, with the gradients of LSQ's Eqs. 3 and 5; `scale` is its g.
 
-    In few passes over the tensor, and in its own type: bfloat16 holds every whole number up to 256, hence
-    all codes of 8 bits.
+    It reads the tensor few times and computes in the tensor's own type: bfloat16 holds every whole number up to 256,
+    hence all codes of 8 bits.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, low: int, high: int, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, scale: float) -> Tensor:
         value = step.item()
         quantized = (x * (1 / value)).round_().clamp_(low, high).mul_(value)
         ctx.save_for_backward(x, step, quantized)
@@ -81,7 +51,7 @@ class LearnedStepQuantize(torch.autograd.Function):
         return quantized
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, step, quantized = ctx.saved_tensors
         to_x = torch.ops.aten.hardtanh_backward(gradient, x, *ctx.limits)
         if not ctx.needs_input_grad[1]:
@@ -93,7 +63,7 @@ class LearnedStepQuantize(torch.autograd.Function):
 
 
 class DoReFaWeight(nn.Module):
-    """W → Q(tanh W / max|tanh W|): 2^M levels from −1 to 1, a mid-rise grid of step 2/(2^M − 1). None: not rounded."""
+    """W → Q(tanh W / max|tanh W|) on a mid-rise grid of 2^M levels from −1 to 1, of step 2/(2^M − 1). None: no grid."""
 
     def __init__(self, bits: int | None, ratio: float = 1.0):
         super().__init__()
@@ -102,18 +72,16 @@ class DoReFaWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         squashed = weight.tanh()
         squashed = squashed / squashed.detach().abs().max()
-        return squashed if self.bits is None else quantize(squashed, self.ratio * dorefa_step(self.bits), self.bits)
-
-
-def dorefa_step(bits: int) -> float:
-    return 1 / MID_RISE.outermost(bits)
+        if self.bits is None:
+            return squashed
+        return quantize(squashed, self.ratio * (1 / MID_RISE.outermost(self.bits)), self.bits)
 
 
 class LsqWeight(nn.Module):
     """W → Q_Δ(W) on the signed grid with a learned Δ.
 
-    At a bit-width M′ other than the M it was learned for, Δ is multiplied by 2^(M − M′): the clipping range
-    stays where training put it, and only the levels inside it become more or fewer. None: neither clipped nor rounded.
+    At a bit-width M′ other than the M it was learned for, Δ is multiplied by 2^(M − M′): the clipping range stays where
+    training put it, and only the number of levels inside it changes. None: neither clipped nor rounded.
     """
 
     def __init__(self, step: nn.Parameter, trained_bits: int, bits: int | None, ratio: float = 1.0):
@@ -131,9 +99,9 @@ class LsqWeight(nn.Module):
 
 def initial_steps(model: nn.Module, config: QatConfig, images: Tensor) -> Steps:
     """LSQ's 2·mean|x|/√Q_p of every quantized layer and of every site on `images` [N, C, H, W]; none for DoReFa."""
-    if config.method == "dorefa":
+    if config.quantizer == "dorefa":
         return Steps()
-    means = {name: layer.weight.detach().abs().mean().item() for name, layer in quantized_layers(model).items()}
+    means = {name: latent_weight(layer).detach().abs().mean().item() for name, layer in quantized_layers(model).items()}
     highest = dict.fromkeys(means, SIGNED_INT.highest(config.weight_bits))
     for site, seen in calibration.observe(model, images).items():
         means[site], highest[site] = seen.mean_abs, UNSIGNED.highest(config.activation_bits)
@@ -142,38 +110,47 @@ def initial_steps(model: nn.Module, config: QatConfig, images: Tensor) -> Steps:
 
 @contextmanager
 def quantized(
-    model: nn.Module, config: QatConfig, steps: Steps, sites: list[str],
-    weight_bits: int | None = TRAINED, activation_bits: int | None = TRAINED, step_ratio: float = 1.0,
-) -> Iterator[nn.Module]:  # fmt: skip
-    """The network as it is trained, or tested at other `weight_bits` (None: not rounded) or weight steps.
+    model: nn.Module,
+    config: QatConfig,
+    steps: Steps,
+    sites: Iterable[str],
+    bits: Bits | None = None,
+    step_ratio: float = 1.0,
+) -> Iterator[nn.Module]:
+    """The network as it is trained, or tested at other settings; after the block it is what it was.
 
-    `steps` are the learned ones, `sites` the activations to quantize (`activations.quantized_sites`);
-    `activation_bits` is the trained one or None. After the block the model is what it was, with its latent weights.
+    Args:
+        model: The network with its latent weights.
+        config: How it is trained.
+        steps: The learned steps.
+        sites: The activations to quantize (`activations.quantized_sites`).
+        bits: Bit-widths to test at, for activations the trained one or full precision; None: those of training.
+        step_ratio: Factor on the steps of weights.
     """
-    weight_bits = config.weight_bits if weight_bits == TRAINED else weight_bits
-    activation_bits = config.activation_bits if activation_bits == TRAINED else activation_bits
+    bits = config.bits if bits is None else bits
     with ExitStack() as stack:
         stack.enter_context(restored(layers := quantized_layers(model)))
         for name, layer in layers.items():
-            if config.method == "dorefa":
-                weight = DoReFaWeight(weight_bits, step_ratio)
-            else:
-                weight = LsqWeight(steps[name], config.weight_bits, weight_bits, step_ratio)
+            weight = (
+                DoReFaWeight(bits.weight, step_ratio)
+                if config.quantizer == "dorefa"
+                else LsqWeight(steps[name], config.weight_bits, bits.weight, step_ratio)
+            )
             parametrize.register_parametrization(layer, "weight", weight)
-        if activation_bits is not None:
-            replace = _activation_quantizer(config.method, activation_bits, steps, set(sites))
+        if bits.activation is not None:
+            replace = _activation_quantizer(config.quantizer, bits.activation, steps, set(sites))
             stack.enter_context(activations.replaced(model, replace))
         yield model
 
 
-def _activation_quantizer(method: str, bits: int, steps: Steps, sites: set[str]) -> Callable[[str, Tensor], Tensor]:
+def _activation_quantizer(quantizer: str, bits: int, steps: Steps, sites: set[str]) -> Callable[[str, Tensor], Tensor]:
     high = UNSIGNED.highest(bits)
     unit = torch.tensor(1 / high)  # DoReFa clips to [0, 1]
 
     def replace(site: str, output: Tensor) -> Tensor:
         if site not in sites:
             return output
-        step, scale = (unit, 1.0) if method == "dorefa" else (steps[site], (output[0].numel() * high) ** -0.5)
+        step, scale = (unit, 1.0) if quantizer == "dorefa" else (steps[site], (output[0].numel() * high) ** -0.5)
         return LearnedStepQuantize.apply(output, step, 0, high, scale)
 
     return replace

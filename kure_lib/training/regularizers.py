@@ -1,9 +1,9 @@
-"""KURE: a penalty that drives the kurtosis of every regularized weight tensor to a target (paper, Eq. 15).
+"""KURE, which drives the kurtosis of every regularized weight tensor to a target (paper, Eq. 15).
 
-And the same penalty on activations, which the paper does not have, for comparison.
+The same penalty on activations, which the paper does not have, is here for comparison.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,22 +13,34 @@ from kure_lib.networks import activations
 from kure_lib.networks.layers import latent_weight, regularized_layers
 from kure_lib.paths import KureError
 from kure_lib.tensors.kurtosis import kurtoses, kurtosis
+from kure_lib.training.protocol import TrainingMethod
 
-REDUCTIONS = {"mean": torch.mean, "sum": torch.sum, "max": torch.max}
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": torch.mean, "sum": torch.sum, "max": torch.max}
 
 
-class KurtosisRegularizer:
+class KurtosisRegularizer(TrainingMethod):
     """λ · L_K with L_K = (1/L) Σᵢ (Kurt[Wᵢ] − K_T)² over L weight tensors (paper, Eq. 15).
 
-    `target` is K_T, `coefficient` is λ. `reduction` over layers: `mean` (the paper), `sum` or `max`.
-    `per_channel` takes the kurtosis of each output channel and averages its squared distances within the
-    layer. `layers` names the layers to regularize; the default is every convolution but the first.
-    Calling it returns the term as a scalar tensor with gradients. Raises `KureError` for an unknown
-    layer or reduction, and for a layer whose weights all have one value.
+    In any training loop the term is one more summand: `loss = criterion(model(x), y) + penalty()`.
+
+    Args:
+        model: The network that is trained.
+        target: K_T.
+        coefficient: λ.
+        reduction: Over layers: "mean" (the paper), "sum" or "max".
+        per_channel: Whether each output channel has a kurtosis, whose squared distances are averaged within the layer.
+        layers: Names of the layers to regularize; the default is every convolution but the first.
+
+    Returns:
+        When it is called: the term as a scalar tensor with gradients.
+
+    Raises:
+        KureError: A layer or the reduction is unknown, or, when it is called, all weights of a layer have one value.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3))
-    >>> KurtosisRegularizer(model).layers
-    {'1': (8, 8, 3, 3)}
+    >>> penalty = KurtosisRegularizer(model)
+    >>> penalty.layers, penalty().shape
+    ({'1': (8, 8, 3, 3)}, torch.Size([]))
     """
 
     def __init__(
@@ -52,21 +64,20 @@ class KurtosisRegularizer:
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
         """Names and weight shapes of the regularized layers."""
-        return {name: tuple(layer.weight.shape) for name, layer in self._layers.items()}
+        return {name: tuple(latent_weight(layer).shape) for name, layer in self._layers.items()}
+
+    def penalty(self, loss: Tensor) -> Tensor:
+        return self()
 
     def __call__(self) -> Tensor:
-        distances = self._distances_per_channel() if self.per_channel else self._distances()
-        return self.coefficient * REDUCTIONS[self.reduction](distances)
-
-    def _distances(self) -> Tensor:
+        if self.per_channel:
+            by_layer = [(self._kurtosis(name) - self.target).square().mean() for name in self._layers]
+            return self.coefficient * REDUCTIONS[self.reduction](torch.stack(by_layer))
         values = kurtoses([latent_weight(layer) for layer in self._layers.values()])
         if not torch.isfinite(values).all():
             for name in self._layers:
                 self._kurtosis(name)  # raises for the layer to blame
-        return (values - self.target).square()
-
-    def _distances_per_channel(self) -> Tensor:
-        return torch.stack([(self._kurtosis(name) - self.target).square().mean() for name in self._layers])
+        return self.coefficient * REDUCTIONS[self.reduction]((values - self.target).square())
 
     def _kurtosis(self, name: str) -> Tensor:
         try:
@@ -84,12 +95,16 @@ def _layers_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     return {name: weighted[name] for name in names}
 
 
-class ActivationKurtosisRegularizer:
+class ActivationKurtosisRegularizer(TrainingMethod):
     """λ · (1/S) Σₛ (Kurt[Aₛ] − K_T)² over the S activations that are quantized, for the images of one training step.
 
-    Within `watching()` every forward pass that is differentiated leaves its terms; calling the regularizer
-    then returns their mean times λ, a scalar tensor with gradients, once. `images` [N, C, H, W] are run
-    through the model to find the activations.
+    Within `view()` every forward pass with gradients leaves its terms, of which the next `penalty` is the mean times λ.
+
+    Args:
+        model: The network that is trained.
+        images: Images [N, C, H, W] that are run through the network to find its activations.
+        target: K_T.
+        coefficient: λ.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, target: float = 1.8, coefficient: float = 1.0):
@@ -97,10 +112,10 @@ class ActivationKurtosisRegularizer:
         self._model, self._sites = model, set(activations.quantized_sites(model, images))
         self._terms: list[Tensor] = []
 
-    def watching(self) -> AbstractContextManager[nn.Module]:
+    def view(self) -> AbstractContextManager:
         return activations.replaced(self._model, self._note)
 
-    def __call__(self) -> Tensor:
+    def penalty(self, loss: Tensor) -> Tensor:
         terms, self._terms = self._terms, []
         return self.coefficient * torch.stack(terms).mean()
 
@@ -113,8 +128,8 @@ class ActivationKurtosisRegularizer:
 def rectified_kurtosis(x: Tensor) -> Tensor:
     """Kurtosis of what a ReLU lets through, E[x⁴]/E[x²]² over x > 0: a scalar tensor with gradients.
 
-    The positive values are taken for one half of a distribution that is symmetric about zero, so uniform ones
-    have 1.8 and those of a normal distribution 3, as among weights. Zeros do not count: they cost no error.
+    The positive values are taken for one half of a distribution that is symmetric about zero, so that uniform values
+    have 1.8 and those of a normal distribution 3, as among weights. Zeros do not count, as quantization keeps them.
 
     >>> round(rectified_kurtosis(torch.linspace(-1, 1, 1001).relu()).item(), 2)
     1.8

@@ -1,10 +1,11 @@
 """Fixtures of the benchmarks; what they measured is printed, and kept if the run was complete.
 
-`python -m pytest tests/benchmarks` runs them; a run of all tests leaves them out. `--rounds 1` is a trial
-that shows whether everything works; its numbers, and those of a selection with -k, are shown and not kept.
+`pytest -m benchmark tests/benchmarks` runs them; a run of all tests leaves them out. `--rounds 1` is a trial that shows
+whether everything works; its numbers, and those of a selection with -k, are shown and not kept.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from measuring import limits, machine, seconds, slug
@@ -19,9 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, help="rounds of every benchmark, for a trial")
 
 
-def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Benchmarks are run where they are asked for by name."""
-    return None if any("benchmarks" in argument for argument in config.invocation_params.args) else True
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in this folder."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.benchmark)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +41,7 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., Row]:
         rival_amount: float = 1, ours_amount: float = 1, flops: float | None = None,
     ) -> Row:  # fmt: skip
         rival_seconds: list[float] = []
-        rounds = request.config.getoption("--rounds") or rounds
+        rounds = request.config.getoption("--rounds", None) or rounds
 
         def rivals_turn() -> None:  # before each of our rounds, outside the clock of pytest-benchmark
             rival_seconds.append(seconds(rival))
@@ -61,7 +65,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
     text = markdown(rows, about, bounds)
     terminalreporter.section("measured side by side")
     terminalreporter.write(f"{text}\n")
-    if exitstatus == 0 and len(rows) == len(TARGETS) and not config.getoption("--rounds"):
+    if exitstatus == 0 and len(rows) == len(TARGETS) and not config.getoption("--rounds", None):
         path = save(paths.RESULTS / "benchmarks", slug(about), rows, about, bounds)
         shown = " and in README.md" if update_readme(paths.ROOT / "README.md", text) else ""
         terminalreporter.write(f"kept in {path}{shown}\n")

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kure_lib.networks import data, models
 from kure_lib.training.configs import RunConfig
 from kure_lib.training.loop import train_epoch
+from kure_lib.training.protocol import TrainingMethod
 from kure_lib.training.regularizers import KurtosisRegularizer
 
 
@@ -23,11 +24,12 @@ def training(name: str, steps: int, kure: bool = False) -> Callable[[], None]:
         weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    regularizer = KurtosisRegularizer(model) if kure else lambda: torch.zeros(())
+    method = KurtosisRegularizer(model) if kure else TrainingMethod()
     epochs = count()
 
     def work() -> None:
-        train_epoch(model, split, regularizer, optimizer, schedule, config, next(epochs))
+        batches = split.batches(config.batch_size, torch.Generator().manual_seed(next(epochs)))
+        train_epoch(model, batches, method, optimizer, schedule)
 
     return work
 

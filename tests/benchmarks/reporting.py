@@ -108,7 +108,6 @@ class Row:
             "ours_work_in_a_round": self.ours_amount,
         }  # fmt: skip
 
-
     def shares(self, limits: dict[str, float]) -> str:
         """What of the machine's matrix-product rate the two sides use, and what the target asks for."""
         (rival, ours), (wide, fast) = self.rates, _product_limits(limits)
@@ -139,8 +138,12 @@ def markdown(rows: list[Row], about: dict, limits: dict[str, float]) -> str:
         f"{table}\n\n{about['cpu']}, {about['cores']} cores, {about['precision']}, torch {about['torch']}. "
         "Both sides of a row take turns in one run; medians of all rounds.\n"
         f"Limits of the machine in the same run: {bounds}.\n"
-        + (f"Of its matrix-product rate (float32; {about['precision']}), the operations of the networks take, by the "
-           f"rival, by ours, and if the target were met: {shares}.\n" if shares else "")
+        + (
+            f"Of its matrix-product rate (float32; {about['precision']}), the operations of the networks take, by the "
+            f"rival, by ours, and if the target were met: {shares}.\n"
+            if shares
+            else ""
+        )
     )
 
 

@@ -96,9 +96,7 @@ def _endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         yield from batches
 
 
-def quantized_accuracy(
-    model: nn.Module, layers: list[str], steps: list[Tensor], bits: int, test: DataLoader
-) -> float:
+def quantized_accuracy(model: nn.Module, layers: list[str], steps: list[Tensor], bits: int, test: DataLoader) -> float:
     """Accuracy in percent of a quantized copy; the steps are given, one for each layer."""
     model = deepcopy(model).eval()
     correct = 0

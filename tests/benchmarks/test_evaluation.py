@@ -10,10 +10,10 @@ from ours import flops as operations
 
 from kure_lib.networks import data, evaluation
 from kure_lib.networks.layers import quantized_layers
-from kure_lib.quantization import view as ptq
+from kure_lib.quantization.view import quantized
 from kure_lib.tensors.steps import best_step
-from kure_lib.training import configs
-from kure_lib.training import loop as training
+from kure_lib.training import loop
+from kure_lib.training.configs import RunConfig
 
 VARIANTS = list(product((2, 3, 4, 5, 6, 8), (0.75, 0.9, 1.0, 1.25)))  # bits, Δ/Δ̃
 TIMED = (0, 10)  # the rival's: 2 bits at 0.75 and 4 bits at 1.0
@@ -23,10 +23,10 @@ AGREEMENT = 1.0  # percentage points between bfloat16 and float32
 @pytest.fixture(scope="module")
 def trained():
     """A ResNet-20 after a few epochs on a tenth of the images: some 80 % right."""
-    config = configs.RunConfig(
+    config = RunConfig(
         model="resnet20", train_size=6_000, epochs=4, learning_rate=0.1, weight_decay=5e-4, batch_size=128
     )
-    model, _ = training.fit(config)
+    model, _ = loop.fit(config)
     return model
 
 
@@ -49,7 +49,7 @@ def test_accuracy_of_quantized_variants(compare, trained, all_threads):
 
     def ours():
         for bits, ratio in VARIANTS:
-            with ptq.quantized(trained, weight_bits=bits, step_ratio=ratio) as model:
+            with quantized(trained, weight_bits=bits, step_ratio=ratio) as model:
                 found[bits, ratio] = evaluation.accuracy(model, test)
 
     def rival():

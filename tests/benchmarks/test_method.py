@@ -10,10 +10,11 @@ from torch import nn
 from torchvision.models import resnet18
 
 from kure_lib.networks import device
+from kure_lib.networks.layers import regularized_layers
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.samples import EmpiricalDistribution
 from kure_lib.tensors.steps import best_step
-from kure_lib.training.regularizers import KurtosisRegularizer, regularized_layers
+from kure_lib.training.regularizers import KurtosisRegularizer
 
 BITS = (2, 3, 4, 5, 6, 8)
 

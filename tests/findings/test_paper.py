@@ -34,8 +34,8 @@ def test_accuracies_are_percentages(name):
     assert ACCURACIES[name].top1.between(0, 100).all()
 
 
-def test_table_1_has_three_models_two_methods_and_all_settings_but_two():
-    settings = paper.TABLE_1.groupby(["model", "method"]).setting.nunique()
+def test_table_1_has_three_models_two_arms_and_all_settings_but_two():
+    settings = paper.TABLE_1.groupby(["model", "arm"]).setting.nunique()
     expected = {"ResNet-50": 8, "ResNet-18": 8, "MobileNet-V2": 7}  # MobileNet-V2 has no 2/FP
     assert settings.to_dict() == {(m, k): n for m, n in expected.items() for k in ("none", "KURE")}
 
@@ -52,12 +52,12 @@ def test_table_1_falls_with_the_bits():
     weights_only = paper.TABLE_1[paper.TABLE_1.activation_bits == 32]
     both = paper.TABLE_1[paper.TABLE_1.activation_bits == paper.TABLE_1.weight_bits]
     for frame in (weights_only, both):
-        for _, row in frame.sort_values("weight_bits").groupby(["model", "method"]):
+        for _, row in frame.sort_values("weight_bits").groupby(["model", "arm"]):
             assert row.top1.is_monotonic_increasing
 
 
 def test_kure_gains_everywhere_in_table_1_but_at_full_precision_of_mobilenet():
-    wide = paper.TABLE_1.pivot(index=["model", "setting"], columns="method", values="top1")
+    wide = paper.TABLE_1.pivot(index=["model", "setting"], columns="arm", values="top1")
     gain = wide.KURE - wide["none"]
     losses = gain.index[gain < 0]
     assert losses.tolist() == [("MobileNet-V2", "FP")]
@@ -66,22 +66,22 @@ def test_kure_gains_everywhere_in_table_1_but_at_full_precision_of_mobilenet():
 def test_fig_3c_weight_only_rows_agree_with_table_1():
     for bits, setting in ((2, "2/FP"), (3, "3/FP"), (32, "FP")):
         figure = top1(paper.FIG_3C, target=1.8, weight_bits=bits)
-        assert figure == top1(paper.TABLE_1, model="ResNet-18", method="KURE", setting=setting)
+        assert figure == top1(paper.TABLE_1, model="ResNet-18", arm="KURE", setting=setting)
 
 
 def test_gap_at_3_bits_is_10_like_for_like_and_18_in_the_figure():
-    gap_in_table = (top1(paper.TABLE_1, model="ResNet-18", method="KURE", setting="3/FP")
-                    - top1(paper.TABLE_1, model="ResNet-18", method="none", setting="3/FP"))
-    gap_in_figure = (top1(paper.FIG_3C, target=1.8, weight_bits=3)
-                     - top1(paper.FIG_3C, method="none", weight_bits=3))
+    gap_in_table = top1(paper.TABLE_1, model="ResNet-18", arm="KURE", setting="3/FP") - top1(
+        paper.TABLE_1, model="ResNet-18", arm="none", setting="3/FP"
+    )
+    gap_in_figure = top1(paper.FIG_3C, target=1.8, weight_bits=3) - top1(paper.FIG_3C, arm="none", weight_bits=3)
     assert gap_in_table == pytest.approx(10.2)
     assert gap_in_figure == pytest.approx(18.3)
 
 
 @pytest.mark.parametrize(("bits", "setting"), [(3, "3/3"), (5, "5/5")])
 def test_pretrained_row_of_fig_3c_holds_values_with_quantized_activations(bits, setting):
-    figure = top1(paper.FIG_3C, method="none", weight_bits=bits)
-    assert figure == top1(paper.TABLE_1, model="ResNet-18", method="none", setting=setting)
+    figure = top1(paper.FIG_3C, arm="none", weight_bits=bits)
+    assert figure == top1(paper.TABLE_1, model="ResNet-18", arm="none", setting=setting)
 
 
 def test_row_of_target_1_6_has_one_value_too_many_and_so_no_bits():
@@ -93,12 +93,12 @@ def test_supplement_table_5_starts_from_table_1():
     optimal = paper.SUPP_TABLE_5[paper.SUPP_TABLE_5.step == "optimal"]
     for row in optimal.itertuples():
         setting = f"{row.weight_bits}/FP"
-        assert row.top1 == top1(paper.TABLE_1, model=row.model, method=row.method, setting=setting)
+        assert row.top1 == top1(paper.TABLE_1, model=row.model, arm=row.arm, setting=setting)
 
 
 def test_power_of_two_steps_cost_less_with_kure_but_at_4_bits_of_resnet_18():
-    wide = paper.SUPP_TABLE_5.pivot(index=["model", "weight_bits", "method"], columns="step", values="top1")
-    cost = (wide["optimal"] - wide["power-of-two"]).unstack("method")
+    wide = paper.SUPP_TABLE_5.pivot(index=["model", "weight_bits", "arm"], columns="step", values="top1")
+    cost = (wide["optimal"] - wide["power-of-two"]).unstack("arm")
     saving = cost["none"] - cost.KURE
     dearer = saving.index[saving < 0]
     assert (cost > 0).all(axis=None)
@@ -106,7 +106,7 @@ def test_power_of_two_steps_cost_less_with_kure_but_at_4_bits_of_resnet_18():
 
 
 def test_qat_series_contain_the_bits_of_training_and_full_precision():
-    for _, series in paper.QAT_BITS.groupby(["model", "quantizer", "trained_at", "method"]):
+    for _, series in paper.QAT_BITS.groupby(["model", "quantizer", "trained_at", "arm"]):
         assert {series.trained_bits.iloc[0], 32} <= set(series.weight_bits)
         assert series.weight_bits.is_monotonic_increasing
     assert len(paper.QAT_BITS) == 4 * 2 * 6 + 2 * 2 * 7
@@ -114,14 +114,14 @@ def test_qat_series_contain_the_bits_of_training_and_full_precision():
 
 def test_kure_costs_accuracy_at_the_bits_of_training_in_most_qat_series():
     trained = paper.QAT_BITS[paper.QAT_BITS.weight_bits == paper.QAT_BITS.trained_bits]
-    wide = trained.pivot(index=["model", "quantizer", "trained_at"], columns="method", values="top1")
+    wide = trained.pivot(index=["model", "quantizer", "trained_at"], columns="arm", values="top1")
     gains = (wide.KURE - wide["none"]).round(1)
     assert gains[gains > 0].to_dict() == {("MobileNet-V2", "DoReFa", "W4"): 0.1}
     assert gains.min() == -1.2  # ResNet-50 by LSQ
 
 
 def test_authors_own_curve_is_robust_on_one_side_only():
-    curve = paper.STEP_SIZE_POINTS.pivot(index="ratio", columns="method", values="top1")
+    curve = paper.STEP_SIZE_POINTS.pivot(index="ratio", columns="arm", values="top1")
     gain = curve.KURE - curve["none"]
     assert gain[0.65] < 0
     assert (gain[1.0:] > 0).all()
@@ -130,7 +130,7 @@ def test_authors_own_curve_is_robust_on_one_side_only():
 def step_size_files(at):
     """The accuracies at Δ̃ or next to it, or the means, with one row a file."""
     frame = paper.STEP_SIZE_FILES[paper.STEP_SIZE_FILES["at"] == at]
-    return frame.set_index(["model", "weight_bits", "method", "corrected", "ratios"]).top1
+    return frame.set_index(["model", "weight_bits", "arm", "corrected", "ratios"]).top1
 
 
 def test_every_curve_of_the_release_has_its_best_step_and_its_mean():
@@ -138,17 +138,23 @@ def test_every_curve_of_the_release_has_its_best_step_and_its_mean():
     assert (step_size_files("Δ̃") > step_size_files("mean")).all()
 
 
-def test_curves_agree_with_the_points_and_means_quoted_from_the_same_files():
+def test_curves_agree_with_the_points_quoted_from_the_same_files():
     for row in paper.STEP_SIZE_POINTS.query("ratio == 1").itertuples():
-        assert step_size_files("Δ̃")[row.model, row.weight_bits, row.method, "yes", 60] == row.top1
-    for row in paper.STEP_SIZE_MEANS.itertuples():
-        assert round(step_size_files("mean")[row.model, 4, row.method, "no", 21], 1) == row.mean_top1
+        assert step_size_files("Δ̃")[row.model, row.weight_bits, row.arm, "yes", 60] == row.top1
 
 
-@pytest.mark.parametrize(("model", "ratios", "images"), [
-    ("ResNet-50", 60, 50_000), ("ResNet-18", 21, 4_000), ("ResNet-18", 41, 4_000), ("ResNet-18", 61, 5_000),
-    ("MobileNet-V2", 21, 5_000), ("MobileNet-V2", 41, 5_000), ("MobileNet-V2", 61, 5_000),
-])
+@pytest.mark.parametrize(
+    ("model", "ratios", "images"),
+    [
+        ("ResNet-50", 60, 50_000),
+        ("ResNet-18", 21, 4_000),
+        ("ResNet-18", 41, 4_000),
+        ("ResNet-18", 61, 5_000),
+        ("MobileNet-V2", 21, 5_000),
+        ("MobileNet-V2", 41, 5_000),
+        ("MobileNet-V2", 61, 5_000),
+    ],
+)
 def test_accuracies_of_a_file_are_whole_numbers_of_images(model, ratios, images):
     """A mistyped digit would most likely not be one."""
     rows = paper.STEP_SIZE_FILES.query("model == @model and ratios == @ratios and `at` != 'mean'")
@@ -157,7 +163,7 @@ def test_accuracies_of_a_file_are_whole_numbers_of_images(model, ratios, images)
 
 
 def test_means_of_mobilenet_are_the_other_way_round_by_folder():
-    means = step_size_files("mean").unstack("method")
+    means = step_size_files("mean").unstack("arm")
     gain = means.KURE - means["none"]
     assert (gain.loc["MobileNet-V2"] < 0).all()
     assert (gain.drop("MobileNet-V2") > 0).all()
@@ -166,7 +172,7 @@ def test_means_of_mobilenet_are_the_other_way_round_by_folder():
 def test_pretrained_networks_of_table_1_are_those_of_torchvision():
     for model, builder in (("ResNet-18", "resnet18"), ("ResNet-50", "resnet50"), ("MobileNet-V2", "mobilenet_v2")):
         own = get_model_weights(builder).IMAGENET1K_V1.meta["_metrics"]["ImageNet-1K"]["acc@1"]
-        assert top1(paper.TABLE_1, model=model, method="none", setting="FP") == pytest.approx(own, abs=0.1)
+        assert top1(paper.TABLE_1, model=model, arm="none", setting="FP") == pytest.approx(own, abs=0.1)
 
 
 def test_divisors_count_every_convolution_but_the_first():

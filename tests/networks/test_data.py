@@ -312,7 +312,7 @@ def test_the_head_is_the_first_images_and_normalization_stays():
     split = TensorSplit(numbered(20).images, torch.arange(20), 10, mean, std)
     head = split.head(5)
     assert len(head) == 5 and len(split.head(None)) == 20 and len(split.head(100)) == 20
-    (images, labels), = head.batches(10)
+    ((images, labels),) = head.batches(10)
     assert torch.equal(images, (split.images[:5].float() - 7) / 2)
     assert labels.tolist() == [0, 1, 2, 3, 4]
     assert images.is_contiguous(memory_format=torch.channels_last)

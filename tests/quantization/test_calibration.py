@@ -11,8 +11,9 @@ from torch import nn
 from kure_lib.networks import activations, device, models
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
-from kure_lib.quantization import calibration, lapq
-from kure_lib.quantization import view as ptq
+from kure_lib.quantization import calibration, lapq, view
+from kure_lib.quantization.spec import QuantizationSpec
+from kure_lib.quantization.view import quantized
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.steps import best_step
 
@@ -87,7 +88,7 @@ def test_inside_activations_lie_on_the_unsigned_grid_and_the_ends_do_not(network
     sites = activations.sites(network, images[0])
     distinct = {}
     count = activations.replaced(network, lambda site, x: distinct.setdefault(site, len(x.unique())) and x)
-    with ptq.quantized(network, None, activation_bits=2, images=images[0]), count, torch.inference_mode():
+    with quantized(network, activation_bits=2, images=images[0]), count, torch.inference_mode():
         network(images[0])
     assert all(distinct[site] <= 4 for site in sites[1:-1])
     assert min(distinct[sites[0]], distinct[sites[-1]]) > 4
@@ -97,9 +98,9 @@ def test_a_wrong_activation_step_is_the_ratio_times_the_best(network, images):
     observed = calibration.observe(network, images[0])
     steps = calibration.activation_steps(observed, 4)
     wider = {site: 1.5 * step for site, step in steps.items()}
-    with ptq.quantized(network, 4, activation_bits=4, images=images[0], activation_ratio=1.5), torch.no_grad():
+    with quantized(network, weight_bits=4, activation_bits=4, images=images[0], activation_ratio=1.5), torch.no_grad():
         by_ratio = network(images[0])
-    with ptq.quantized(network, 4, activation_bits=4, images=images[0], steps=wider), torch.no_grad():
+    with quantized(network, weight_bits=4, activation_bits=4, images=images[0], steps=wider), torch.no_grad():
         assert torch.equal(by_ratio, network(images[0]))
 
 
@@ -118,8 +119,8 @@ def test_activations_that_calibration_did_not_reach_are_an_error_that_names_them
 
     model = Gate().eval()
     dark = -torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    quantized = ptq.quantized(model, None, activation_bits=4, images=dark)
-    with quantized, pytest.raises(KureError, match="'relu:3' were never calibrated"):
+    block = quantized(model, activation_bits=4, images=dark)
+    with block, pytest.raises(KureError, match="'relu:3' were never calibrated"):
         model(-dark)
     assert not model.relu._forward_hooks
 
@@ -131,15 +132,18 @@ def test_a_dead_activation_is_an_error_that_names_it(network, images):
     norm = next(module for module in before.modules() if isinstance(module, nn.BatchNorm2d))
     nn.init.zeros_(norm.weight)
     nn.init.constant_(norm.bias, -1)
-    quantized = ptq.quantized(network, 4, activation_bits=4, images=images[0])
-    with pytest.raises(KureError, match=f"'{site}' cannot be calibrated.*zero everywhere"), quantized:
+    block = quantized(network, weight_bits=4, activation_bits=4, images=images[0])
+    with pytest.raises(KureError, match=f"'{site}' cannot be calibrated.*zero everywhere"), block:
         pass
 
 
 @pytest.mark.parametrize("options", [{"activation_bits": 4}, {"reestimate_batch_norm": True}])
 @pytest.mark.parametrize("batch", [None, torch.empty(0, 1, 28, 28)])
 def test_what_is_calibrated_needs_images(network, options, batch):
-    with pytest.raises(KureError, match="give at least one"), ptq.quantized(network, 4, images=batch, **options):
+    with (
+        pytest.raises(KureError, match="give at least one"),
+        quantized(network, weight_bits=4, images=batch, **options),
+    ):
         pass
 
 
@@ -147,8 +151,13 @@ def test_what_is_calibrated_needs_images(network, options, batch):
 def test_afterwards_the_network_is_what_it_was(network, images, fails):
     before, expected = state(network), network(images[0][:4])
     try:
-        with ptq.quantized(
-            network, 3, activation_bits=4, images=images[0], bias_correction=True, reestimate_batch_norm=True
+        with quantized(
+            network,
+            weight_bits=3,
+            activation_bits=4,
+            images=images[0],
+            bias_correction=True,
+            reestimate_batch_norm=True,
         ) as view:
             assert not torch.allclose(view(images[0][:4]), expected)
             if fails:
@@ -163,7 +172,7 @@ def test_afterwards_the_network_is_what_it_was(network, images, fails):
 def test_reestimated_statistics_are_those_of_the_quantized_layers_output(network, images):
     seen = {}
     norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
-    with ptq.quantized(network, 2, images=images[0], reestimate_batch_norm=True), torch.no_grad():
+    with quantized(network, weight_bits=2, images=images[0], reestimate_batch_norm=True), torch.no_grad():
         first = next(iter(norms))  # what it sees does not depend on other statistics
         handle = norms[first].register_forward_pre_hook(lambda _, inputs: seen.setdefault(first, inputs[0]))
         network(images[0])
@@ -176,7 +185,7 @@ def test_reestimated_statistics_are_those_of_the_quantized_layers_output(network
 def test_a_folded_network_computes_the_same_without_batch_norms(network, images):
     network = network.double()
     before = state(network)
-    folded = ptq.folded(network)
+    folded = view.folded(network)
     assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
     assert quantized_layers(folded).keys() == quantized_layers(network).keys()
     with torch.no_grad():
@@ -188,19 +197,19 @@ def test_bias_correction_keeps_the_mean_and_variance_of_every_channel():
     torch.manual_seed(0)
     weight = torch.randn(8, 4, 3, 3) * torch.linspace(0.5, 2, 8)[:, None, None, None] + 0.1
     levels = (weight / 0.7).round().clamp(-2, 1) * 0.7
-    kept = ptq.corrected(levels, weight)
+    kept = view.corrected(levels, weight)
     dims = (1, 2, 3)
     assert torch.allclose(kept.mean(dims), weight.mean(dims), atol=1e-6)
     assert torch.allclose(kept.var(dims), weight.var(dims), rtol=1e-5)
     flat = torch.cat([torch.zeros(1, 4, 3, 3), levels[1:]])  # a channel that fell on one level
-    assert torch.allclose(ptq.corrected(flat, weight)[0], weight[0].mean().expand(4, 3, 3))
+    assert torch.allclose(view.corrected(flat, weight)[0], weight[0].mean().expand(4, 3, 3))
 
 
 def test_steps_are_quantized_anew_only_where_they_moved(network, images):
     layers = quantized_layers(network)
     steps = {name: best_step(layer.weight, 4) for name, layer in layers.items()}
     first, second, *_ = layers
-    with ptq.quantized(network, 4, steps=steps), torch.no_grad():
+    with quantized(network, weight_bits=4, steps=steps), torch.no_grad():
         one, two = layers[first].weight, layers[second].weight
         assert layers[first].weight is one
         steps[first].mul_(1.3)
@@ -216,21 +225,25 @@ def test_the_lowest_point_of_a_parabola():
     assert lapq.lowest_point(p, np.array([1.0, 2.0, 2.5, 2.0, 0.5])) == 4.0  # no valley
 
 
+def lapq_spec(weight_bits, activation_bits):
+    return QuantizationSpec(step_rule="lapq", weight_bits=weight_bits, activation_bits=activation_bits)
+
+
 def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(images):
     torch.manual_seed(0)
     network = models.build("resnet20", 1, 10).eval()
     batch, labels = images
     labels = network(batch).argmax(1)  # a task at which full precision is best
-    found = lapq.loss_aware_steps(network, batch, labels, 3, 3, evaluations=60)
+    found = lapq.loss_aware_steps(network, batch, labels, lapq_spec(3, 3), evaluations=60)
     assert found.keys() == {*quantized_layers(network), *activations.quantized_sites(network, batch)}
 
-    def loss(steps=None, method="mse"):
-        options = {"method": method, "activation_bits": 3, "images": batch, "steps": steps}
-        with ptq.quantized(network, 3, **options), torch.no_grad(), device.autocast():
+    def loss(steps=None, rule="mse"):
+        spec = QuantizationSpec(weight_bits=3, activation_bits=3, step_rule=rule)
+        with quantized(network, spec, batch, steps=steps), torch.no_grad(), device.autocast():
             return nn.functional.cross_entropy(network(batch).float(), labels).item()
 
-    assert loss(found) <= min(loss(method=f"lp:{p}") for p in lapq.NORMS) + 1e-4
-    again = lapq.loss_aware_steps(network, batch, labels, 3, 3, evaluations=60)
+    assert loss(found) <= min(loss(rule=f"lp:{p}") for p in lapq.NORMS) + 1e-4
+    again = lapq.loss_aware_steps(network, batch, labels, lapq_spec(3, 3), evaluations=60)
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
@@ -244,11 +257,11 @@ def test_remembering_blocks_spares_work_and_finds_the_same(network, images, monk
     inner = next(module for module in next(iter(blocks.values())).modules() if isinstance(module, nn.Conv2d))
     inner.register_forward_hook(lambda *_: forwards.append("computed"))
 
-    found = lapq.loss_aware_steps(network, *images, *bits, evaluations=40)
+    found = lapq.loss_aware_steps(network, *images, lapq_spec(*bits), evaluations=40)
     spared = forwards.count("asked") - forwards.count("computed")
     forwards.clear()
     monkeypatch.setattr(lapq, "KEPT", 0)  # nothing is worth remembering
-    again = lapq.loss_aware_steps(network, *images, *bits, evaluations=40)
+    again = lapq.loss_aware_steps(network, *images, lapq_spec(*bits), evaluations=40)
     assert forwards.count("asked") == forwards.count("computed")
     assert spared > 20
     assert found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
@@ -258,7 +271,7 @@ def test_remembering_blocks_spares_work_and_finds_the_same(network, images, monk
 def test_a_search_that_fails_leaves_the_network_as_it_was(network, images):
     before, labels = state(network), torch.full((64,), 99)  # no such class
     with pytest.raises((IndexError, RuntimeError)):
-        lapq.loss_aware_steps(network, images[0], labels, 4, 4, evaluations=5)
+        lapq.loss_aware_steps(network, images[0], labels, lapq_spec(4, 4), evaluations=5)
     assert same_weights(before, state(network))
     assert not any("forward" in vars(module) or module._forward_hooks for module in network.modules())
 
@@ -272,7 +285,7 @@ def test_the_search_keeps_to_its_budget_and_says_how_far_it_is(network, images, 
             super().__init__(**options | {"disable": False, "file": io.StringIO()})
 
     monkeypatch.setattr(lapq, "tqdm", Bar)
-    lapq.loss_aware_steps(network, *images, 4, None, evaluations=30)
+    lapq.loss_aware_steps(network, *images, lapq_spec(4, None), evaluations=30)
     (bar,) = bars
     assert bar.desc == "LAPQ" and bar.unit == "loss"
     assert len(lapq.NORMS) < bar.n <= bar.total + 1 == len(lapq.NORMS) + 32
@@ -280,21 +293,13 @@ def test_the_search_keeps_to_its_budget_and_says_how_far_it_is(network, images, 
 
 def test_a_search_without_images_or_bits_is_an_error(network, images):
     with pytest.raises(KureError, match="calibration set is empty"):
-        lapq.loss_aware_steps(network, images[0][:0], images[1][:0], 4, 4)
+        lapq.loss_aware_steps(network, images[0][:0], images[1][:0], lapq_spec(4, 4))
     with pytest.raises(KureError, match="something to quantize"):
-        lapq.loss_aware_steps(network, *images, None, None)
+        lapq.loss_aware_steps(network, *images, lapq_spec(None, None))
 
 
 def test_weights_that_cannot_be_quantized_name_their_layer(network, images):
     name, layer = list(quantized_layers(network).items())[2]
     nn.init.constant_(layer.weight, float("nan"))
     with pytest.raises(KureError, match=f"Layer '{name}' cannot be quantized.*NaN"):
-        lapq.loss_aware_steps(network, *images, 4, None)
-
-
-def test_a_specification_names_its_calibration_images():
-    spec = ptq.QuantizationSpec
-    assert spec().key == "{}" and spec(weight_bits=4).calibration is None
-    for fields in ({"activation_bits": 4}, {"method": "lapq"}, {"reestimate_batch_norm": True}):
-        assert spec(**fields).calibration == calibration.IMAGES and '"calibration": 512' in spec(**fields).key
-    assert spec(activation_bits=4, calibration=64).calibration == 64
+        lapq.loss_aware_steps(network, *images, lapq_spec(4, None))

@@ -11,6 +11,7 @@ from kure_lib.paths import KureError
 from kure_lib.quantization import calibration, export
 from kure_lib.quantization import integers as master
 from kure_lib.quantization.view import quantized
+from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR
 
 SHAPE = {"tiny": (1, 10, 10), "resnet18": (3, 32, 32)}
 
@@ -52,12 +53,12 @@ def test_in_float32_the_scores_are_ours(network, tmp_path, fused):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("per_channel", "bits"), [(False, 8), (True, 8), (False, 4)])
-def test_with_integer_weights_and_activations_the_scores_are_ours(network, tmp_path, per_channel, bits):
+@pytest.mark.parametrize(("scope", "bits"), [(PER_TENSOR, 8), (PER_CHANNEL, 8), (PER_TENSOR, 4)])
+def test_with_integer_weights_and_activations_the_scores_are_ours(network, tmp_path, scope, bits):
     model, images = network
-    stored = {name: each.to(bits, "even") for name, each in master.of(model, per_channel).items()}
+    stored = {name: each.to(bits, "even") for name, each in master.of(model, scope).items()}
     steps = calibration.activation_steps(calibration.observe(model, images), 8)
-    with master.served(model, stored), quantized(model, None, activation_bits=8, images=images, steps=steps):
+    with master.served(model, stored), quantized(model, activation_bits=8, images=images, steps=steps):
         expected = model(images)
     full = model(images)
     made = run(export.to_onnx(model, images.shape[1:], stored, steps), images, tmp_path)

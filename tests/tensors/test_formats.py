@@ -22,7 +22,7 @@ from kure_lib.tensors.grids import (
     levels,
 )
 from kure_lib.tensors.quantizers import nearest, quantize
-from kure_lib.tensors.steps import best_step, block_scale
+from kure_lib.tensors.steps import best_step, block_scale, per_block
 
 ORACLES = {
     "fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2, "fp6_e2m3": ml_dtypes.float6_e2m3fn,
@@ -155,7 +155,7 @@ def by_hand(block, element, method, tensor_largest):
 def test_block_formats_follow_their_specifications(name, method, size):
     book, generator = CODEBOOKS[name], torch.Generator().manual_seed(3)
     x = torch.randn(8, 20, 3, 3, generator=generator) * torch.logspace(-3, 3, 8).reshape(8, 1, 1, 1)
-    step = best_step(x, book.bits, book, method, block=size)
+    step = best_step(x, book.bits, book, method, per_block(size))
     assert step.shape == x.shape
     result = quantize(x, step, book.bits, book).flatten(1).numpy()
     for row, quantized in zip(x.flatten(1).numpy(), result, strict=True):  # 180 values: the last block is shorter
@@ -186,7 +186,7 @@ def test_the_scales_of_nvfp4_are_e4m3_numbers_and_the_largest_is_not_clipped():
 
 def test_unrounded_block_scales_put_the_outermost_level_on_the_largest_value():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
-    step = best_step(x, 4, MID_RISE, "max_abs", block=16)
+    step = best_step(x, 4, MID_RISE, "max_abs", per_block(16))
     wanted = x.abs().reshape(4, 4, 16).amax(-1) / MID_RISE.outermost(4)
     assert torch.equal(step, wanted.repeat_interleave(16, 1))
 
@@ -194,22 +194,20 @@ def test_unrounded_block_scales_put_the_outermost_level_on_the_largest_value():
 @pytest.mark.parametrize("method", ["max_abs", "mx", "nvfp4"])
 def test_a_block_of_zeros_stays_zero(method):
     x = torch.cat([torch.zeros(2, 32), torch.ones(2, 32)])
-    step = best_step(x, 4, FP4_E2M1, method, block=32)
+    step = best_step(x, 4, FP4_E2M1, method, per_block(32))
     assert step.isfinite().all() and (step > 0).all()
     assert torch.equal(quantize(x, step, 4, FP4_E2M1)[:2], x[:2])
     with pytest.raises(KureError, match="zero everywhere"):
-        best_step(torch.zeros(2, 32), 4, FP4_E2M1, method, block=32)
+        best_step(torch.zeros(2, 32), 4, FP4_E2M1, method, per_block(32))
 
 
 def test_blocks_that_cannot_be_scaled_are_errors():
     x = torch.randn(4, 32)
-    with pytest.raises(KureError, match=r"'mse'.*max_abs, mx or nvfp4"):
-        best_step(x, 4, FP4_E2M1, "mse", block=32)
+    with pytest.raises(KureError, match=r"'mse'.*max_abs, mx, nvfp4"):
+        best_step(x, 4, FP4_E2M1, "mse", per_block(32))
     with pytest.raises(KureError, match="block of 0"):
-        best_step(x, 4, FP4_E2M1, "mx", block=0)
-    with pytest.raises(KureError, match="no steps per channel"):
-        best_step(x, 4, FP4_E2M1, "mx", per_channel=True, block=32)
+        best_step(x, 4, FP4_E2M1, "mx", per_block(0))
     with pytest.raises(KureError, match="infinite or NaN"):
-        best_step(torch.full((2, 32), math.nan), 4, FP4_E2M1, "mx", block=32)
+        best_step(torch.full((2, 32), math.nan), 4, FP4_E2M1, "mx", per_block(32))
     with pytest.raises(KureError, match="'mx'"):
         best_step(x, 4, FP4_E2M1, "mx")

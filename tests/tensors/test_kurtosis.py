@@ -170,8 +170,6 @@ def test_a_mean_far_from_zero_costs_no_digits(ratio, per_channel):
     x = sample((4, 30_000), torch.float32, mean=ratio)
     wanted = expected(x, axis=1 if per_channel else None)
     np.testing.assert_allclose(kurtosis(x, per_channel=per_channel), wanted, rtol=1e-5)
-    naive = x.mean().pow(4)  # the fourth moment about zero is at the end of float32's digits
-    assert naive * torch.finfo(torch.float32).eps > 1
 
 
 @pytest.mark.parametrize("size", [2, 10, 1000])

@@ -173,9 +173,7 @@ def test_both_gradients_are_those_of_pytorchs_learnable_quantizer(grid):
     x = (2 * torch.randn(1000, generator=torch.Generator().manual_seed(3))).requires_grad_()
     step = torch.tensor([0.37], requires_grad=True)
     zero = torch.zeros(1, requires_grad=True)
-    theirs = torch._fake_quantize_learnable_per_tensor_affine(
-        x, step, zero, grid.lowest(bits), grid.highest(bits), 1.0
-    )
+    theirs = torch._fake_quantize_learnable_per_tensor_affine(x, step, zero, grid.lowest(bits), grid.highest(bits), 1.0)
     upstream = torch.linspace(-1, 2, 1000)
     wanted = torch.autograd.grad(theirs, (x, step), upstream)
     gradient = torch.autograd.grad(quantize(x, step, bits, grid), (x, step), upstream)

@@ -26,7 +26,7 @@ from kure_lib.tensors.grids import (
 )
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.samples import LARGE, EmpiricalDistribution
-from kure_lib.tensors.steps import best_step, mse_curve, power_of_two
+from kure_lib.tensors.steps import PER_CHANNEL, best_step, mse_curve, power_of_two
 
 EVERY_GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 
@@ -215,7 +215,7 @@ def test_the_step_grows_with_the_tensor(scale, bits, grid):
 @EVERY_GRID
 def test_max_abs_puts_the_outermost_level_on_the_largest_magnitude(grid, bits):
     x = torch.tensor([-0.3, 0.1, 0.9]) if grid != SIGNED_INT or bits > 1 else torch.tensor([-0.9, 0.1, 0.3])
-    step = best_step(x, bits, grid, method="max_abs").item()
+    step = best_step(x, bits, grid, rule="max_abs").item()
     outermost = levels(bits, grid).abs().max() if grid == SIGNED_INT and bits == 1 else levels(bits, grid)[-1]
     assert step * outermost == pytest.approx(0.9, rel=1e-6)
 
@@ -224,10 +224,10 @@ def test_max_abs_puts_the_outermost_level_on_the_largest_magnitude(grid, bits):
 def test_steps_per_channel_are_those_of_the_rows(method):
     x = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(6))
     x *= torch.logspace(-3, 3, 6).reshape(6, 1, 1, 1)
-    steps = best_step(x, 3, method=method, per_channel=True)
+    steps = best_step(x, 3, rule=method, scope=PER_CHANNEL)
     assert steps.shape == (6, 1, 1, 1)
     for row, step in zip(x, steps, strict=True):
-        assert torch.equal(best_step(row, 3, method=method), step.squeeze())
+        assert torch.equal(best_step(row, 3, rule=method), step.squeeze())
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
@@ -309,29 +309,38 @@ def test_the_second_norm_is_the_mean_squared_error():
     torch.manual_seed(0)
     x = EmpiricalDistribution(torch.randn(50_000))
     for bits in (2, 4):
-        steps = [best_step(x, bits, method=method).item() for method in ("lp", "lp:2", "mse")]
+        steps = [best_step(x, bits, rule=method).item() for method in ("lp", "lp:2", "mse")]
         errors = mse_curve(x, steps, bits)
         assert errors.max() <= errors.min() * (1 + 1e-3)
-    assert best_step(x, 4, method="lp:4") > best_step(x, 4, method="lp:2")  # minds the clipped ones more
+    assert best_step(x, 4, rule="lp:4") > best_step(x, 4, rule="lp:2")  # minds the clipped ones more
 
 
 def test_a_percentile_clips_the_share_it_names():
     x = torch.linspace(-1, 1, 10_001)
     for percent in (90.0, 99.0, 99.9):
-        clip = best_step(x, 4, method=f"percentile:{percent}") * MID_RISE.outermost(4)
+        clip = best_step(x, 4, rule=f"percentile:{percent}") * MID_RISE.outermost(4)
         assert (x.abs() > clip).float().mean().item() == pytest.approx(1 - percent / 100, abs=2e-4)
-    assert best_step(x, 4, method="percentile:99.9") == best_step(x, 4, method="percentile")
+    assert best_step(x, 4, rule="percentile:99.9") == best_step(x, 4, rule="percentile")
 
 
 @pytest.mark.parametrize(
     ("method", "said"),
-    [("percentile:0", "above 0"), ("percentile:150", "150 does not"), ("percentile:nan", "nan does not"),
-     ("lp:0", "norm p .*not 0"), ("lp:-1", "not -1"), ("lp:inf", "not inf"),
-     ("lp:two", "lp:two"), ("mse:3", "mse and max_abs stand alone"), ("aciq:gamma", "family 'gamma'"), ("kl", "'kl'")],
+    [
+        ("percentile:0", "above 0"),
+        ("percentile:150", "150 does not"),
+        ("percentile:nan", "nan does not"),
+        ("lp:0", "norm p .*not 0"),
+        ("lp:-1", "not -1"),
+        ("lp:inf", "not inf"),
+        ("lp:two", "lp:two"),
+        ("mse:3", "stand alone"),
+        ("aciq:gamma", "family 'gamma'"),
+        ("kl", "'kl'"),
+    ],
 )
 def test_a_method_that_cannot_be_read_is_an_error(method, said):
     with pytest.raises(KureError, match=said):
-        best_step(torch.randn(10), 4, method=method)
+        best_step(torch.randn(10), 4, rule=method)
 
 
 @given(st.floats(1e-12, 1e12))
@@ -362,7 +371,7 @@ def test_powers_of_two_per_channel_stay_what_they_are():
 @pytest.mark.parametrize("method", ["mse", "max_abs", "percentile", "lp", "aciq"])
 def test_a_tensor_without_a_step_is_an_error(x, said, method):
     with pytest.raises(KureError, match=said):
-        best_step(x, 4, method=method)
+        best_step(x, 4, rule=method)
 
 
 @pytest.mark.parametrize(("grid", "bits", "sign"), [(UNSIGNED, 4, -1), (SIGNED_INT, 1, 1)])
@@ -375,7 +384,7 @@ def test_a_tensor_on_the_wrong_side_of_zero_is_an_error(grid, bits, sign):
 def test_wrong_options_are_errors():
     x = torch.randn(10)
     with pytest.raises(KureError, match=r"'lapq'.*mse, max_abs"):
-        best_step(x, 4, method="lapq")
+        best_step(x, 4, rule="lapq")
     for bits in (0, 17, 2.5, True):
         with pytest.raises(KureError, match=f"{bits} bits"):
             best_step(x, bits)

@@ -1,5 +1,6 @@
 """Training is a function of its configuration: repeated, interrupted or resumed, it gives the same bits."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,14 +15,13 @@ from pydantic import ValidationError
 from scipy.stats import kurtosis as scipy_kurtosis
 
 from kure_lib.networks import data, device, evaluation, models
+from kure_lib.networks.layers import regularized_layers
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration
 from kure_lib.training import configs
 from kure_lib.training import loop as training
-from kure_lib.training.configs import KureConfig, RivalConfig, RunConfig
+from kure_lib.training.configs import KureConfig, QatConfig, RivalConfig, RunConfig
 from kure_lib.training.loop import fit
-from kure_lib.training.qat import QatConfig
-from kure_lib.training.regularizers import regularized_layers
 
 KNOWN = RunConfig(
     model="resnet20", seed=1, epochs=4, learning_rate=0.04, weight_decay=5e-4, regularizer=KureConfig(),
@@ -54,8 +54,8 @@ CHANGES = {
     "model": "mobilenet_v2_050", "data": "cifar10", "train_size": 100, "seed": 2, "start": None, "pretrained": True,
     "epochs": 5, "learning_rate": 0.05, "weight_decay": 0.0, "batch_size": 128, "momentum": 0.8, "decay_every": 2,
     "decay_factor": 0.2, "regularizer": None,
-    "quantization": QatConfig(method="lsq", weight_bits=4, activation_bits=4),
-    "rival": RivalConfig(method="sam", strength=0.1), "held_out": 100,
+    "quantization": QatConfig(quantizer="lsq", weight_bits=4, activation_bits=4),
+    "rival": RivalConfig(name="sam", strength=0.1), "held_out": 100,
 }  # fmt: skip
 
 
@@ -65,11 +65,11 @@ def test_the_key_counts_every_field(monkeypatch):
     kure = {"target": 2.0}, {"coefficient": 0.5}, {"reduction": "sum"}, {"per_channel": True}, {"of": "activations"}
     for change in kure:
         keys.add(KNOWN.model_copy(update={"regularizer": KureConfig(**change)}).key)
-    quantized = {"method": "dorefa"}, {"weight_bits": 3}, {"activation_bits": 8}
+    quantized = {"quantizer": "dorefa"}, {"weight_bits": 3}, {"activation_bits": 8}
     for change in quantized:
         other = CHANGES["quantization"].model_copy(update=change)
         keys.add(KNOWN.model_copy(update={"quantization": other}).key)
-    for change in {"method": "ema"}, {"strength": 0.2}:
+    for change in {"name": "ema"}, {"strength": 0.2}:
         keys.add(KNOWN.model_copy(update={"rival": CHANGES["rival"].model_copy(update=change)}).key)
     keys.add(KNOWN.model_copy(update={"start": KNOWN.start.model_copy(update={"seed": 5})}).key)
     monkeypatch.setattr(configs, "TRAINING_VERSION", configs.TRAINING_VERSION + 1)
@@ -87,9 +87,9 @@ def test_a_configuration_survives_json():
     "change",
     [
         {"learning_rat": 0.1}, {"learning_rate": 0}, {"learning_rate": "fast"}, {"epochs": -1}, {"weight_decay": -1},
-        {"batch_size": 1}, {"model": "vgg"}, {"data": "mnist"}, {"momentum": 1.0}, {"train_size": 0},
-        {"regularizer": {"lambda": 1}}, {"regularizer": {"coefficient": 0}}, {"regularizer": {"target": 0.9}},
-        {"regularizer": {"reduction": "median"}}, {"regularizer": {"of": "activations", "per_channel": True}},
+        {"batch_size": 1}, {"momentum": 1.0}, {"train_size": 0}, {"regularizer": {"lambda": 1}},
+        {"regularizer": {"coefficient": 0}}, {"regularizer": {"target": 0.9}}, {"regularizer": {"of": "gradients"}},
+        {"rival": {"name": "sam", "strength": 0}},
     ],
     ids=str,
 )  # fmt: skip
@@ -97,6 +97,37 @@ def test_a_misspelled_or_impossible_field_is_an_error(change):
     with pytest.raises(ValidationError) as error:
         RunConfig(**{"model": "resnet20", **TINY, **change})
     assert next(iter(change)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "vgg"}, "Unknown architecture 'vgg': choose one of resnet20, "),
+        ({"data": "mnist"}, "Unknown data set 'mnist': choose one of fashion_mnist, "),
+        ({"rival": {"name": "dropout", "strength": 1}}, "Unknown rival 'dropout': choose one of gradient_l1, "),
+        ({"regularizer": {"reduction": "median"}}, "Unknown reduction 'median': choose one of mean, sum, max."),
+        ({"regularizer": {"of": "activations", "per_channel": True}}, "leave the other options out"),
+        ({"data": "imagenet", "held_out": 5}, "leave held_out out"),
+        ({"rival": {"name": "sam", "strength": 1}, "quantization": {"quantizer": "lsq", "weight_bits": 4,
+          "activation_bits": 4}}, "leave quantization out"),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_a_name_that_does_not_exist_and_a_contradiction_are_one_sentence(change, said):
+    with pytest.raises(KureError) as error:
+        RunConfig(**{"model": "resnet20", **TINY, **change})
+    assert said in str(error.value) and str(error.value).count(". ") == 0
+
+
+def test_in_json_quantizers_and_rivals_are_called_method_and_input_takes_both_names():
+    """The committed keys and records have it so."""
+    for config, field in ((CHANGES["quantization"], "quantizer"), (CHANGES["rival"], "name")):
+        written = json.loads(config.model_dump_json())
+        assert written["method"] == getattr(config, field) and field not in written
+        assert type(config)(**written) == config == type(config)(**config.model_dump(by_alias=False))
+    run = RunConfig(model="resnet20", **TINY, quantization=CHANGES["quantization"])
+    assert json.loads(run.model_dump_json())["quantization"]["method"] == "lsq"
+    assert run.key == "eb2734827b"
 
 
 def test_a_configuration_cannot_be_changed():

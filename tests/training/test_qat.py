@@ -11,16 +11,18 @@ from torch.nn.functional import cross_entropy
 
 from kure_lib.networks import activations, models
 from kure_lib.paths import KureError
-from kure_lib.quantization.view import QuantizationSpec
+from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import records, runs
+from kure_lib.tensors.grids import Bits
+from kure_lib.tensors.steps import PER_CHANNEL
 from kure_lib.training import qat
-from kure_lib.training.configs import KureConfig, RunConfig
+from kure_lib.training.configs import KureConfig, QatConfig, RunConfig
 from kure_lib.training.loop import fit
-from kure_lib.training.qat import DoReFaWeight, LearnedStepQuantize, LsqWeight, QatConfig
+from kure_lib.training.qat import DoReFaWeight, LearnedStepQuantize, LsqWeight, QuantizationAwareTraining
 from kure_lib.training.regularizers import KurtosisRegularizer
 
 IMAGES = torch.randn(8, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-LSQ, DOREFA = (QatConfig(method=method, weight_bits=3, activation_bits=4) for method in ("lsq", "dorefa"))
+LSQ, DOREFA = (QatConfig(quantizer=name, weight_bits=3, activation_bits=4) for name in ("lsq", "dorefa"))
 
 
 def lsq_reference(x, step, low, high):
@@ -118,17 +120,41 @@ def test_in_the_view_everything_is_quantized_and_learns_and_afterwards_nothing_i
 
 
 def test_kure_acts_on_the_latent_weights():
-    model, steps, sites = build(LSQ)
+    model, _, _ = build(LSQ)
     regularizer = KurtosisRegularizer(model)
     outside = regularizer()
-    with qat.quantized(model, LSQ, steps, sites):
+    with QuantizationAwareTraining(model, LSQ, IMAGES).view():
         assert torch.equal(regularizer(), outside)
 
 
-@pytest.mark.parametrize("wrong", [{"method": "pact"}, {"weight_bits": 1}, {"weight_bits": 17}, {"activation_bits": 0}])
+@pytest.mark.parametrize("bits", [Bits(2, 4), Bits(None, 4), Bits(3, None)], ids=str)
+def test_the_view_can_have_other_bit_widths_than_training(bits):
+    model, steps, sites = build(LSQ)
+    outputs = {}
+    with qat.quantized(model, LSQ, steps, sites, bits) as view:
+        weight = view.features[3].conv[1][0].weight.detach().clone()
+        with torch.no_grad(), activations.replaced(view, lambda site, output: outputs.setdefault(site, output)):
+            view(IMAGES)
+    assert (len(weight.unique()) <= 4) == (bits.weight == 2)
+    assert torch.equal(weight, model.features[3].conv[1][0].weight) == (bits.weight is None)
+    assert (len(outputs[sites[0]].unique()) <= 2**4) == (bits.activation == 4)
+
+
+@pytest.mark.parametrize("wrong", [{"weight_bits": 1}, {"weight_bits": 17}, {"activation_bits": 0}])
 def test_a_wrong_configuration_is_an_error(wrong):
-    with pytest.raises(ValidationError):
-        QatConfig(**{"method": "lsq", "weight_bits": 4, "activation_bits": 4, **wrong})
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        QatConfig(**{"quantizer": "lsq", "weight_bits": 4, "activation_bits": 4, **wrong})
+    with pytest.raises(KureError, match="Unknown quantizer 'pact': choose one of dorefa, lsq"):
+        QatConfig(quantizer="pact", weight_bits=4, activation_bits=4)
+
+
+def test_a_configuration_has_a_name_and_the_bits_in_it():
+    assert (LSQ.name, LSQ.bits) == ("lsq 3/4", Bits(3, 4))
+    assert QatConfig.named("lsq 3/4") == LSQ and QatConfig.named("dorefa 3/4") == DOREFA
+    with pytest.raises(KureError, match="Cannot read the bit-widths 'x'"):
+        QatConfig.named("lsq x")
+    with pytest.raises(ValidationError, match="activation_bits"):
+        QatConfig.named("lsq 4/FP")
 
 
 @pytest.fixture(scope="module", params=[LSQ, DOREFA], ids=["lsq", "dorefa"])
@@ -142,37 +168,37 @@ def trained(request, tmp_path_factory):
         yield runs.get(config)
 
 
-def at(method, bits, **options):
-    return QuantizationSpec(method=method, weight_bits=bits, **({"activation_bits": 4} | options))
+def at(quantizer, bits, **options):
+    return QuantizationSpec(step_rule=quantizer, weight_bits=bits, **({"activation_bits": 4} | options))
 
 
 def test_evaluated_as_trained_it_has_the_accuracy_of_training_to_the_image(trained):
-    method = trained.config.quantization.method
-    assert runs.evaluate(trained, at(method, 3)).top1 == trained.curves["test_top1"][-1]
-    assert trained.config.label == f"resnet20-{method}-3-4-kure-1.8-1-scratch-seed0"
-    assert bool(trained.steps) == (method == "lsq")
+    quantizer = trained.config.quantization.quantizer
+    assert runs.evaluate(trained, at(quantizer, 3)).top1 == trained.curves["test_top1"][-1]
+    assert trained.config.label == f"resnet20-{quantizer}-3-4-kure-1.8-1-scratch-seed0"
+    assert bool(trained.steps) == (quantizer == "lsq")
 
 
 def test_at_other_settings_it_is_another_network(trained):
-    method = trained.config.quantization.method
+    quantizer = trained.config.quantization.quantizer
     losses = [runs.evaluate(trained, spec).loss for spec in (
-        at(method, 3), at(method, 2), at(method, None), at(method, 3, step_ratio=1.3),
-        at(method, 3, activation_bits=None))]  # fmt: skip
+        at(quantizer, 3), at(quantizer, 2), at(quantizer, None), at(quantizer, 3, step_ratio=1.3),
+        at(quantizer, 3, activation_bits=None))]  # fmt: skip
     assert len(set(losses)) == 5
-    assert records.find(trained.config).evaluations.keys() >= {at(method, 2).key}
+    assert records.find(trained.config).evaluations.keys() >= {at(quantizer, 2).key}
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"activation_bits": 6}, "activation_bits 4 or none"), ({"per_channel": True}, "leave other options out")],
+    [({"activation_bits": 6}, "activation_bits 4, as it was trained"), ({"scope": PER_CHANNEL}, "leave it out")],
 )
 def test_what_the_trained_quantizer_cannot_do_is_an_error(trained, options, said):
     with pytest.raises(KureError, match=said):
-        runs.evaluate(trained, at(trained.config.quantization.method, 3, **options))
+        runs.evaluate(trained, at(trained.config.quantization.quantizer, 3, **options))
 
 
 def test_a_network_that_was_not_trained_so_is_an_error(trained):
-    other = {"lsq": "dorefa", "dorefa": "lsq"}[trained.config.quantization.method]
+    other = {"lsq": "dorefa", "dorefa": "lsq"}[trained.config.quantization.quantizer]
     with pytest.raises(KureError, match=f"not trained with {other}"):
         runs.evaluate(trained, at(other, 3))
 

@@ -1,28 +1,30 @@
-"""Rival methods: each against its definition, written out on a small network; all of them in the training loop."""
-
-from typing import get_args
+"""Rivals: each against its definition, written out on a small network; all of them in the training loop."""
 
 import pytest
 import torch
 from helpers import TINY, same_weights
-from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from kure_lib.networks import data, models
 from kure_lib.paths import KureError
 from kure_lib.training import loop as training
-from kure_lib.training import rivals
 from kure_lib.training.configs import KureConfig, RivalConfig, RunConfig
 from kure_lib.training.loop import fit
-from kure_lib.training.regularizers import regularized_layers
+from kure_lib.training.protocol import TrainingMethod
+from kure_lib.training.regularizers import KurtosisRegularizer
+from kure_lib.training.rivals import RIVALS, STATISTICS
 
 STRENGTHS = {"gradient_l1": 1e-3, "noise": 0.1, "sam": 0.05, "ema": 0.8}
-EVERY_METHOD = pytest.mark.parametrize("method", [*rivals.METHODS, *rivals.STATISTICS])
+EVERY_RIVAL = pytest.mark.parametrize("name", RIVALS)
 
 
-def configured(method: str) -> RivalConfig:
-    return RivalConfig(method=method, strength=STRENGTHS.get(method, 0.5))
+def built(network: nn.Module, name: str) -> TrainingMethod:
+    return RIVALS[name](network, STRENGTHS.get(name, 0.5))
+
+
+def configured(name: str) -> RivalConfig:
+    return RivalConfig(name=name, strength=STRENGTHS.get(name, 0.5))
 
 
 @pytest.fixture
@@ -42,19 +44,10 @@ def batch():
     return images, torch.randint(3, (12,), generator=generator)
 
 
-def test_the_configuration_knows_every_method():
-    assert set(get_args(RivalConfig.model_fields["method"].annotation)) == {*rivals.METHODS, *rivals.STATISTICS}
-    with pytest.raises(ValidationError, match="strength"):
-        RivalConfig(method="sam", strength=0)
-    with pytest.raises(ValidationError, match="leave quantization out"):
-        RunConfig(model="resnet20", **TINY, rival=configured("sam"),
-                  quantization={"method": "lsq", "weight_bits": 4, "activation_bits": 4})  # fmt: skip
-
-
-@pytest.mark.parametrize("name", rivals.STATISTICS)
+@pytest.mark.parametrize("name", STATISTICS)
 def test_a_penalty_is_the_mean_over_the_regularized_layers(network, name):
-    penalty = rivals.build(network, configured(name)).penalty(torch.zeros(()))
-    values = [rivals.STATISTICS[name](layer.weight) for layer in (network[3], network[6])]
+    penalty = built(network, name).penalty(torch.zeros(()))
+    values = [STATISTICS[name](layer.weight) for layer in (network[3], network[6])]
     assert penalty.item() == pytest.approx(0.5 * (values[0] + values[1]).item() / 2)
     penalty.backward()
     assert network[0].weight.grad is None and network[3].weight.grad.abs().sum() > 0
@@ -62,7 +55,7 @@ def test_a_penalty_is_the_mean_over_the_regularized_layers(network, name):
 
 def test_the_gradient_penalty_is_a_norm_whose_gradient_finite_differences_confirm(network, batch):
     images, labels = batch
-    rival = rivals.build(network, configured("gradient_l1"))
+    rival = built(network, "gradient_l1")
 
     def penalty() -> torch.Tensor:
         return rival.penalty(cross_entropy(network(images), labels))
@@ -88,14 +81,14 @@ def test_the_gradient_penalty_is_a_norm_whose_gradient_finite_differences_confir
 
 def test_a_network_that_cannot_be_differentiated_twice_is_named():
     with pytest.raises(KureError, match="leave gradient_l1 to networks without them"):
-        rivals.build(models.build("mobilenet_v2_050", 1, 10), configured("gradient_l1"))
+        built(models.build("mobilenet_v2_050", 1, 10), "gradient_l1")
 
 
 def test_noise_is_uniform_of_its_strength_and_only_there_while_gradients_are_taken():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 512, 5))
     before, order = network[1].weight.detach().clone(), list(network.state_dict())
-    with rivals.build(network, configured("noise")).view():
+    with built(network, "noise").view():
         noise = ((network[1].weight - before) / before.std()).detach()
         with torch.no_grad():
             assert torch.equal(network[1].weight, before)
@@ -114,7 +107,7 @@ def test_sam_takes_its_gradient_uphill_and_returns(network, batch):
     uphill = [p.grad.clone() for p in network.parameters()]
     length = torch.cat([g.flatten() for g in uphill]).norm()
     seen = [m.running_mean.clone() for m in network if isinstance(m, nn.BatchNorm2d)]
-    with rivals.build(network, configured("sam")).elsewhere():
+    with built(network, "sam").elsewhere():
         for p, old, g in zip(network.parameters(), start, uphill, strict=True):
             torch.testing.assert_close(p.detach(), old + 0.05 * g / length)
         network.zero_grad()
@@ -127,7 +120,7 @@ def test_sam_takes_its_gradient_uphill_and_returns(network, batch):
 
 
 def test_ema_is_the_recursion_written_out(network):
-    rival = rivals.build(network, configured("ema"))
+    rival = built(network, "ema")
     expected = None
     for step in range(5):
         with torch.no_grad():
@@ -140,7 +133,7 @@ def test_ema_is_the_recursion_written_out(network):
 
 def test_an_average_that_never_forgets_is_refused(network):
     with pytest.raises(KureError, match="strength below 1, not 1"):
-        rivals.build(network, RivalConfig(method="ema", strength=1))
+        RIVALS["ema"](network, 1)
 
 
 # In the training loop
@@ -151,9 +144,9 @@ def plain():
     return fit(RunConfig(model="resnet20", **TINY))[0].state_dict()
 
 
-@EVERY_METHOD
-def test_a_method_changes_what_is_learned_and_goes_on_after_an_interruption(method, plain, tmp_path):
-    config = RunConfig(model="resnet20", **TINY, rival=configured(method), regularizer=KureConfig(coefficient=0.1))
+@EVERY_RIVAL
+def test_a_rival_changes_what_is_learned_and_goes_on_after_an_interruption(name, plain, tmp_path):
+    config = RunConfig(model="resnet20", **TINY, rival=configured(name), regularizer=KureConfig(coefficient=0.1))
     whole, history = fit(config)
     without, _ = fit(config.model_copy(update={"rival": None}))
     assert not same_weights(whole.state_dict(), without.state_dict())
@@ -180,9 +173,9 @@ def test_images_held_out_are_the_last_and_not_trained_on():
     assert torch.equal(test.labels, everything.labels[59_000:])
     few, test = training.splits(config.model_copy(update={"train_size": 100}))
     assert len(few) == 100 and torch.equal(test.images, everything.images[59_000:])
-    with pytest.raises(ValidationError, match="held_out"):
-        RunConfig(model="resnet18", data="imagenet", epochs=1, learning_rate=1, weight_decay=0, held_out=5)
 
 
-def test_the_layers_of_a_rival_are_those_of_kure(network):
-    assert list(regularized_layers(network).values()) == [network[3], network[6]]
+@pytest.mark.parametrize("name", ["gradient_l1", *STATISTICS])
+def test_the_layers_of_a_penalty_are_those_of_kure(network, name):
+    of_kure = list(KurtosisRegularizer(network)._layers.values())
+    assert list(built(network, name)._layers) == of_kure == [network[3], network[6]]

@@ -1,0 +1,157 @@
+"""How a network is quantized, as one frozen value that travels whole."""
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)  # fmt: skip
+
+from kure_lib.paths import KureError
+from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, Bits, Codebook, Format, grid_named
+from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule, per_block
+
+IMAGES = 512  # training images to calibrate with, as many as the paper's authors take
+TRAINED_RULES = ("dorefa", "lsq")  # the quantizer that quantization-aware training left (see `training.qat`)
+
+#: Ways in which weights lose bits when they are made from an 8-bit copy. `step` chooses a new step of least squared
+#: error and rounds to it. The others drop low bits, so that the step doubles with each: `even` rounds to the nearest,
+#: ties to even; `half_up` adds half a step and truncates, as a rounding shift in hardware does; `truncate` lowers every
+#: weight by almost half a step on average; `middle` truncates, then reads a code as the middle of those it stands for.
+ROUNDINGS = ("step", "even", "half_up", "truncate", "middle")
+
+Validate = ModelWrapValidatorHandler["QuantizationSpec"]
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NamedGrid = Annotated[Format, BeforeValidator(lambda grid: grid_named(grid) if isinstance(grid, str) else grid)]
+
+
+class QuantizationSpec(BaseModel):
+    """How a network is quantized; the defaults leave it in full precision.
+
+    A specification that cannot be is refused with a `KureError` where it is made.
+
+    Args:
+        weight_bits: Bit-width of the weights of all convolutions and linear layers but the first and the last.
+        activation_bits: Bit-width of the outputs of all ReLUs but the first and the last, on the `UNSIGNED` grid.
+        step_rule: How steps are chosen: a rule of `steps.best_step`, "lapq", or the trained "dorefa" and "lsq".
+        grid: Grid or codebook of the weights, or its name.
+        scope: Which weights share a step: `PER_TENSOR`, `PER_CHANNEL` or `per_block(size)`.
+        step_ratio: Factor Δ/Δ̃ on every weight step (paper, Fig. 4).
+        activation_ratio: The same factor for activation steps.
+        power_of_two: Whether every step is then rounded to a power of two (paper, Supp. Table 5).
+        bias_correction: Whether each output channel keeps its mean and variance (Banner et al. 2019).
+        fold_batch_norm: Whether batch norms are folded into the convolutions before anything is quantized.
+        reestimate_batch_norm: Whether batch-norm statistics are taken anew from the quantized network.
+        calibration: Number of training images from which activations, statistics and LAPQ's steps are learned.
+        rounding: How weights lose bits when they are made from an 8-bit copy instead of the network's own.
+
+    >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
+    '{"per_channel": true, "weight_bits": 3}'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    weight_bits: int | None = Field(None, ge=1, le=16)
+    activation_bits: int | None = Field(None, ge=1, le=16)
+    step_rule: str = "mse"
+    grid: NamedGrid = MID_RISE
+    scope: Scope = PER_TENSOR
+    step_ratio: Ratio = 1.0
+    activation_ratio: Ratio = 1.0
+    power_of_two: bool = False
+    bias_correction: bool = False
+    fold_batch_norm: bool = False
+    reestimate_batch_norm: bool = False
+    calibration: int | None = Field(None, ge=1)
+    rounding: str | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_calibration(cls, fields: Any, validate: Validate) -> "QuantizationSpec":
+        """Where calibration images are needed, how many of them are taken stands in the key."""
+        rule = fields.get("step_rule")
+        needed = fields.get("activation_bits") or fields.get("reestimate_batch_norm") or rule == "lapq"
+        try:
+            return validate({"calibration": IMAGES, **fields} if needed and rule not in TRAINED_RULES else fields)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise KureError(
+                f"A specification cannot have {'.'.join(map(str, wrong['loc']))}={wrong['input']!r}: {wrong['msg']}."
+            ) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> "QuantizationSpec":
+        if self.rounding:
+            _require("rounding", self.rounding, ROUNDINGS)
+            self._allow_only(
+                "made from an 8-bit copy", {"grid": SIGNED_INT},
+                "weight_bits", "grid", "scope", "rounding", "reestimate_batch_norm", "calibration",
+            )  # fmt: skip
+            if self.weight_bits is None or self.weight_bits > 8 or self.scope.size:
+                raise KureError("Weights made from an 8-bit copy have 1 to 8 bits, per tensor or per channel.")
+        elif self.step_rule in TRAINED_RULES:
+            allowed = ("step_rule", "weight_bits", "activation_bits", "step_ratio")
+            self._allow_only(f"quantized as it was trained, by {self.step_rule}", {}, *allowed)
+        elif self.step_rule == "lapq":
+            if self.scope != PER_TENSOR:
+                raise KureError(f"LAPQ chooses one step a tensor, not {self.scope}: take another step rule or scope.")
+            if self.bits == Bits():
+                raise KureError("LAPQ needs something to quantize: give weight_bits, activation_bits or both.")
+        else:
+            parse_rule(self.step_rule, self.scope)
+        if isinstance(self.grid, Codebook) and self.weight_bits is not None:
+            self.grid.levels(self.weight_bits)  # raises for a bit-width that is not the format's
+        return self
+
+    def _allow_only(self, what: str, fixed: dict[str, Any], *allowed: str) -> None:
+        """Raise `KureError` if a field beside `allowed` is not at its default, or one of `fixed` has another value."""
+        changed = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        wrong = [name for name in changed if name not in allowed]
+        wrong += [name for name, value in fixed.items() if getattr(self, name) != value]
+        if wrong:
+            raise KureError(f"A network {what} cannot take {wrong[0]}={getattr(self, wrong[0])!r}: leave it out.")
+
+    @property
+    def bits(self) -> Bits:
+        return Bits(self.weight_bits, self.activation_bits)
+
+    @property
+    def key(self) -> str:
+        """The fields that are not at their defaults, as JSON: the name of the evaluation in its record."""
+        fields = self.model_dump(exclude_defaults=True)
+        renamed = {_KEY_NAMES.get(name, name): value for name, value in fields.items() if name != "scope"}
+        if "grid" in fields:
+            renamed["grid"] = self.grid.name
+        if self.scope == PER_CHANNEL:
+            renamed["per_channel"] = True
+        if self.scope.size:
+            renamed["block"] = self.scope.size
+        return json.dumps(renamed, sort_keys=True)
+
+    @classmethod
+    def from_key(cls, key: str) -> "QuantizationSpec":
+        """The specification that a key in a record stands for.
+
+        >>> QuantizationSpec.from_key('{"block": 32, "method": "mx", "grid": "fp4_e2m1", "weight_bits": 4}').scope
+        Scope(name='block', size=32)
+        """
+        fields = json.loads(key)
+        scope = PER_CHANNEL if fields.pop("per_channel", False) else PER_TENSOR
+        scope = per_block(fields.pop("block")) if "block" in fields else scope
+        return cls(scope=scope, **{_FIELDS.get(name, name): value for name, value in fields.items()})
+
+
+_KEY_NAMES = {"step_rule": "method", "rounding": "master"}  # as the records call them
+_FIELDS = {name: field for field, name in _KEY_NAMES.items()}
+
+
+def _require(kind: str, name: str, allowed: Iterable[str]) -> None:
+    if name not in allowed:
+        raise KureError(f"Unknown {kind} '{name}': choose one of {', '.join(allowed)}.")

@@ -1,0 +1,75 @@
+"""The network of a record, quantized as a specification says."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache
+
+from torch import Tensor, nn
+
+from kure_lib.networks import activations
+from kure_lib.paths import KureError
+from kure_lib.quantization import calibration, integers, lapq, view
+from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
+from kure_lib.study.records import Record
+from kure_lib.tensors.steps import Scope
+from kure_lib.training import qat
+
+
+def quantized(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.Module]:
+    """The network of a record as a view, quantized with calibration images of its own training set.
+
+    Raises `KureError` for a trained quantizer that the run was not trained with.
+    """
+    if spec.step_rule in TRAINED_RULES:
+        return _as_trained(record, spec)
+    if spec.rounding:
+        return _from_master(record, spec)
+    steps = _steps(record, spec.model_copy(update={"step_ratio": 1.0, "activation_ratio": 1.0, "power_of_two": False}))
+    unfolded = spec.model_copy(update={"fold_batch_norm": False})  # the record keeps its folded network
+    return view.quantized(record.network(spec.fold_batch_norm), unfolded, _images(record, spec), steps=steps)
+
+
+@lru_cache(maxsize=32)
+def _steps(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
+    """The steps before any ratio, so that a sweep of ratios chooses them once."""
+    network = record.network(spec.fold_batch_norm)
+    if spec.step_rule == "lapq":
+        return lapq.loss_aware_steps(network, *calibration.images(record.config.data, spec.calibration), spec)
+    return view.chosen_steps(network, spec, _images(record, spec))
+
+
+def _images(record: Record, spec: QuantizationSpec) -> Tensor | None:
+    return calibration.images(record.config.data, spec.calibration)[0] if spec.calibration else None
+
+
+def _as_trained(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.Module]:
+    trained = record.config.quantization
+    if trained is None or trained.quantizer != spec.step_rule:
+        raise KureError(f"{record.config.label} was not trained with {spec.step_rule}: choose another step rule.")
+    if spec.activation_bits not in (None, trained.activation_bits):
+        raise KureError(
+            f"{record.config.label} is evaluated at activation_bits {trained.activation_bits}, as it was trained, or "
+            f"at none, not at {spec.activation_bits}."
+        )
+    model = record.network()
+    sites = activations.quantized_sites(model, calibration.images(record.config.data, 1)[0])
+    steps = qat.Steps.of(record.steps)
+    return qat.quantized(model, trained, steps, sites, spec.bits, spec.step_ratio)
+
+
+@contextmanager
+def _from_master(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module]:
+    """The network with weights made from an 8-bit copy, and with new batch-norm statistics if asked."""
+    stored = {name: each.to(spec.weight_bits, spec.rounding) for name, each in _master(record, spec.scope).items()}
+    network = record.network()
+    with ExitStack() as stack:
+        stack.enter_context(integers.served(network, stored))
+        if spec.reestimate_batch_norm:
+            batches = _images(record, spec).split(view.BATCH)
+            stack.enter_context(calibration.reestimated_batch_norm(network, batches))
+        yield network
+
+
+@lru_cache(maxsize=32)
+def _master(record: Record, scope: Scope) -> dict[str, integers.Integers]:
+    return integers.of(record.network(), scope)

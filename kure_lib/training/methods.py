@@ -1,0 +1,35 @@
+"""Every training method by name, and those that a configuration asks for."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from kure_lib.training.configs import RunConfig
+from kure_lib.training.protocol import Together, TrainingMethod
+from kure_lib.training.qat import QuantizationAwareTraining
+from kure_lib.training.regularizers import ActivationKurtosisRegularizer, KurtosisRegularizer
+from kure_lib.training.rivals import RIVALS
+
+Build = Callable[[nn.Module, Any, Tensor], TrainingMethod]  # from a network, the method's settings and some images
+
+
+def _rival(name: str) -> Build:
+    return lambda model, rival, _: RIVALS[name](model, rival.strength)
+
+
+#: Training methods by name, each made for a network by its settings.
+METHODS: dict[str, Build] = {
+    "kure": lambda model, kure, _: KurtosisRegularizer(model, **kure.model_dump(exclude={"of"})),
+    "kure_of_activations": lambda model, kure, images: ActivationKurtosisRegularizer(
+        model, images[:1], kure.target, kure.coefficient
+    ),
+    "dorefa": QuantizationAwareTraining,
+    "lsq": QuantizationAwareTraining,
+    **{name: _rival(name) for name in RIVALS},
+}
+
+
+def build(model: nn.Module, config: RunConfig, images: Tensor) -> TrainingMethod:
+    """The training methods of a configuration, acting as one; by `images` activations are found and steps begin."""
+    return Together(METHODS[name](model, settings, images) for name, settings in config.methods.items())

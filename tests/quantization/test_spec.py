@@ -1,0 +1,75 @@
+"""Specifications: what cannot be is refused where it is made, and their keys are those of the records."""
+
+import json
+
+import pytest
+
+from kure_lib.paths import ROOT, KureError
+from kure_lib.quantization.spec import IMAGES, ROUNDINGS, QuantizationSpec
+from kure_lib.tensors.grids import FP4_E2M1, MID_TREAD, SIGNED_INT, Bits
+from kure_lib.tensors.steps import PER_CHANNEL, per_block
+
+RECORDS = sorted((ROOT / "results" / "study" / "records").glob("*.json"))
+STORED = {"weight_bits": 4, "grid": SIGNED_INT, "rounding": "even"}
+
+
+def test_the_keys_of_all_records_are_read_and_written_back():
+    """The key of a specification is the name of its evaluation in every record: new fields must not change it."""
+    keys = {key for file in RECORDS for key in json.loads(file.read_text())["evaluations"]}
+    assert len(keys) > 500
+    assert [key for key in keys if QuantizationSpec.from_key(key).key != key] == []
+
+
+def test_the_key_counts_what_is_not_a_default_by_the_names_of_the_records():
+    assert QuantizationSpec().key == QuantizationSpec(step_ratio=1.0, grid="mid_rise").key == "{}"
+    spec = QuantizationSpec(weight_bits=4, grid=FP4_E2M1, step_rule="mx", scope=per_block(32))
+    assert json.loads(spec.key) == {"weight_bits": 4, "grid": "fp4_e2m1", "method": "mx", "block": 32}
+    spec = QuantizationSpec(**STORED, scope=PER_CHANNEL)
+    assert json.loads(spec.key) == {"weight_bits": 4, "grid": "signed_int", "master": "even", "per_channel": True}
+
+
+def test_a_grid_is_given_by_its_name_or_itself():
+    assert QuantizationSpec(weight_bits=2, grid="mid_tread") == QuantizationSpec(weight_bits=2, grid=MID_TREAD)
+    assert QuantizationSpec(weight_bits=2, activation_bits=8).bits == Bits(2, 8)
+
+
+def test_what_needs_calibration_images_names_their_number():
+    assert QuantizationSpec(weight_bits=4).calibration is None
+    for fields in ({"activation_bits": 4}, {"step_rule": "lapq", "weight_bits": 4}, {"reestimate_batch_norm": True}):
+        assert QuantizationSpec(**fields).calibration == IMAGES
+        assert json.loads(QuantizationSpec(**fields, calibration=64).key)["calibration"] == 64
+    assert QuantizationSpec(step_rule="lsq", weight_bits=4, activation_bits=4).calibration is None
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
+    spec = QuantizationSpec(**STORED | {"rounding": rounding, "scope": PER_CHANNEL}, reestimate_batch_norm=True)
+    assert spec.rounding == rounding and spec.calibration == IMAGES
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"weight_bit": 4}, "weight_bit=4"),
+        ({"step_rule": "kl"}, "rule 'kl' .* per tensor: choose one of mse, max_abs"),
+        ({"step_rule": "lp:two"}, "'lp:two' cannot be read"),
+        ({"step_rule": "percentile:0"}, "percentile"),
+        ({"step_rule": "mx"}, "rule 'mx' .* per tensor"),
+        ({"step_rule": "lapq"}, "something to quantize"),
+        ({"weight_bits": 3, "grid": FP4_E2M1}, "fp4_e2m1 has 4 bits"),
+        ({"step_ratio": float("inf")}, "step_ratio=inf"),
+        ({"activation_ratio": -1}, "activation_ratio=-1"),
+        ({"calibration": 0}, "calibration=0"),
+        ({"step_rule": "dorefa", "weight_bits": 4, "scope": PER_CHANNEL}, "by dorefa cannot take scope"),
+        ({"step_rule": "lsq", "weight_bits": 4, "power_of_two": True}, "by lsq cannot take power_of_two"),
+        (STORED | {"rounding": "odd"}, "rounding 'odd': choose one of step, even"),
+        (STORED | {"weight_bits": 9}, "1 to 8 bits"),
+        (STORED | {"scope": per_block(8)}, "per tensor or per channel"),
+        (STORED | {"step_ratio": 1.1}, "8-bit copy cannot take step_ratio"),
+        (STORED | {"grid": MID_TREAD}, "8-bit copy cannot take grid"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(fields, said):
+    with pytest.raises(KureError, match=said) as error:
+        QuantizationSpec(**fields)
+    assert "\n" not in str(error.value)

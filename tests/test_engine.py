@@ -1,0 +1,92 @@
+"""Tasks in several processes: their order, their environment, and what becomes of them if one fails or is killed."""
+
+import multiprocessing
+import time
+from functools import partial
+
+import psutil
+import pytest
+
+from kure_lib import engine
+from kure_lib.paths import KureError
+
+TASKS = '''
+"""What the tests do in other processes, which can import no test file."""
+
+import os
+import time
+from pathlib import Path
+
+
+def note(folder, name, needs, report):
+    """Reports what was finished before it began, and its place and process."""
+    finished = {file.name for file in Path(folder).iterdir()}
+    report(needs <= finished, os.environ.get("PLACE"), os.getpid())
+    time.sleep(0.2)
+    (Path(folder) / name).touch()
+
+
+def fail(report):
+    raise ValueError("in a worker")
+
+
+def wait(report):
+    report(os.getpid())
+    time.sleep(600)
+'''
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """A module that the workers can import too: they inherit the path of this process."""
+    (tmp_path / "tasks_of_the_test.py").write_text(TASKS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return __import__("tasks_of_the_test")
+
+
+@pytest.fixture
+def noting(tasks, tmp_path):
+    """Makes tasks that report whether those they wait for were finished."""
+    folder = tmp_path / "finished"
+    folder.mkdir()
+
+    def make(name, after=None, known=True):
+        return engine.Task(name, partial(tasks.note, folder, name, {after} if after and known else set()), after)
+
+    return make
+
+
+def test_a_task_begins_after_the_one_it_waits_for_and_each_place_is_taken_once(noting):
+    tasks = [noting("second", after="first"), noting("first"), noting("third", after="second"),
+             noting("other"), noting("free", after="no task", known=False)]  # fmt: skip
+    reports = []
+    engine.run(tasks, [{"PLACE": "a"}, {"PLACE": "b"}], lambda *values: reports.append(values))
+    assert {name for name, *_ in reports} == {task.name for task in tasks} and len(reports) == len(tasks)
+    assert all(in_order for _, in_order, *_ in reports)
+    assert len({(place, process) for *_, place, process in reports}) == 2
+    assert {place for *_, place, _ in reports} == {"a", "b"}
+    assert not multiprocessing.active_children()
+
+
+def test_the_error_of_a_task_is_raised_and_ends_the_others(tasks):
+    at_work = []
+    with pytest.raises(ValueError, match="in a worker"):
+        engine.run([engine.Task("long", tasks.wait), engine.Task("broken", tasks.fail)], [{}, {}],
+                   lambda name, process: at_work.append(process))  # fmt: skip
+    assert not multiprocessing.active_children()
+    assert not any(psutil.pid_exists(process) for process in at_work)
+
+
+def test_a_killed_process_is_one_sentence_that_names_its_task(tasks, noting):
+    begun = time.monotonic()
+
+    def kill(name, *values):
+        if name == "long":
+            psutil.Process(values[0]).kill()
+
+    sentence = "The process of long was killed, perhaps for want of memory: start again with a smaller --jobs"
+    with pytest.raises(KureError, match=sentence) as error:
+        engine.run([noting("short"), engine.Task("long", tasks.wait, after="short")], [{}], kill)
+    assert "\n" not in str(error.value)
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - begun < 600  # the time for which the task would have gone on
