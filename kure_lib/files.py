@@ -1,14 +1,16 @@
 """The one way in which a file is written: whole or not at all, and in check mode compared instead."""
 
 import io
+import json
 import os
 import re
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
-from pandas.testing import assert_frame_equal
 
 from kure_lib.paths import KureError, checking
 
@@ -51,29 +53,37 @@ def keep(path: Path, text: str, tolerance: float = RELATIVE_TOLERANCE) -> None:
         return
     remedy = "run its notebook with KURE_CHECK unset and commit the file"
     try:
-        committed = path.read_text(encoding="utf-8")
+        committed = _cells(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise KureError(f"{path} is missing: {remedy}.") from None
     except ValueError as error:
-        raise KureError(f"{path} is damaged ({error}): restore it, or {remedy}.") from error
-    try:
-        _compare_tables(committed, text, tolerance) if path.suffix == ".csv" else _compare_lines(committed, text)
-    except AssertionError as error:
-        reason = " ".join(str(error).split())
-        raise KureError(f"{path} differs from its notebook ({reason}): find the cause, or {remedy}.") from None
+        raise KureError(f"{path} is damaged ({str(error).strip()}): restore it, or {remedy}.") from error
+    if difference := _first_difference(committed, _cells(path, text), tolerance):
+        raise KureError(f"{path} differs from its notebook, {difference}: find the cause, or {remedy}.")
 
 
-def _compare_tables(committed: str, made: str, tolerance: float) -> None:
-    """Raise AssertionError that names the first column in which two CSV files differ."""
-    old, new = (pd.read_csv(io.StringIO(text)) for text in (committed, made))
-    assert_frame_equal(new, old, check_dtype=False, rtol=tolerance, atol=tolerance**2, obj="Table")
+def _cells(path: Path, text: str) -> pd.DataFrame:
+    """The cells, as text, of a CSV file, of the lines of a Markdown file, or of a JSON object as a table of one row."""
+    if path.suffix == ".csv":
+        return pd.read_csv(io.StringIO(text), header=None, dtype=str, keep_default_na=False)
+    if path.suffix == ".json":
+        fields = json.loads(text)
+        return pd.DataFrame([[*fields], [json.dumps(value, ensure_ascii=False) for value in fields.values()]])
+    lines = [line for line in text.splitlines() if not re.fullmatch(r"[|:\- ]+", line)]  # no rule under a header
+    rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("| "))] for line in lines)
+    return pd.DataFrame(list(zip_longest(*rows))).T  # short rows are filled up
 
 
-def _compare_lines(committed: str, made: str) -> None:
-    """Raise AssertionError that shows the first line in which two texts differ by more than a table's padding."""
-    old, new = (
-        [re.sub(r"--+", "-", " ".join(line.split())) for line in text.splitlines()] for text in (committed, made)
-    )
-    for number, (was, now) in enumerate(zip_longest(old, new, fillvalue="nothing"), start=1):
-        if now != was:
-            raise AssertionError(f"line {number} is {now!r} and was {was!r}")
+def _first_difference(old: pd.DataFrame, new: pd.DataFrame, tolerance: float) -> str | None:
+    """Where two tables first differ, in words, or None; the first row of several cells is the header."""
+    header = int(new.notna().sum(axis=1).gt(1).argmax())
+    old, new = old.align(new)
+    was, now = (frame.apply(pd.to_numeric, errors="coerce").to_numpy(float) for frame in (old, new))
+    close = np.isclose(now, was, rtol=tolerance, atol=tolerance**2)
+    differing = np.argwhere(~(close | (old == new) | (old.isna() & new.isna())).to_numpy())
+    if not len(differing):
+        return None
+    i, j = differing[0]
+    shown: list[Any] = [old.iat[i, j], new.iat[i, j], new.iat[header, j]]
+    before, after, column = ("nothing" if pd.isna(value) or value == "" else value for value in shown)
+    return f"row {i - header} of column {column} is {after} and was {before}"

@@ -172,7 +172,7 @@ def _csv(frame: pd.DataFrame) -> str:
 def _markdown(frame: pd.DataFrame) -> str:
     """A Markdown table; columns of numbers are aligned to the right, a missing value is a dash."""
     cells = _flat(frame).map(_cell)
-    numeric = [column.str.match(r"[+-]?\d|–").all() for _, column in cells.items()]
+    numeric = [column.astype(str).str.match(r"[+-]?\d|–").all() for _, column in cells.items()]
     alignment = ["right" if is_numeric else "left" for is_numeric in numeric]
     names = [_cell(name) for name in cells.columns]
     return f"{cells.to_markdown(headers=names, index=False, disable_numparse=True, colalign=alignment)}\n"

@@ -137,9 +137,9 @@ class Plan:
         bits in words, grid, step_ratio, activation_ratio; top1 in percent and loss in nats; and of the run kurtosis,
         the mean over its regularized layers, and train_loss of its last epoch in nats.
         """
-        rows, specs = [], list(specs)
-        for run, spec in product(self.select(**wanted), specs):
-            record = runs.get(run.config)
+        rows = []
+        measured = [(run, runs.get(run.config)) for run in self.select(**wanted)]
+        for (run, record), spec in product(measured, specs):
             result, train_losses = runs.evaluate(record, spec), record.curves.get("train_loss", [math.nan])
             rows.append((
                 run.model, run.arm, run.target, run.coefficient or 0.0, run.quantizer, run.seed, *spec.bits.widths,
