@@ -122,7 +122,9 @@ def test_jupyterlab_serves_the_notebooks_until_ctrl_c(tmp_path):
     kernel.write_text('{"argv": ["elsewhere"], "display_name": "Python 3", "language": "python"}')
     with (
         (tmp_path / "log").open("w+") as log,
-        notebooks.running(command, cwd=paths.ROOT, env=environment, stdout=log, stderr=log) as process,
+        notebooks.running(
+            command, cwd=paths.ROOT, env=environment, stdout=log, stderr=log, preexec_fn=_hear_ctrl_c
+        ) as process,
     ):
         served = json.loads(_answer(f"http://127.0.0.1:{port}/api/contents", process))
         kernels = json.loads(_answer(f"http://127.0.0.1:{port}/api/kernelspecs", process))
@@ -133,6 +135,10 @@ def test_jupyterlab_serves_the_notebooks_until_ctrl_c(tmp_path):
     assert exit_code == 0
     assert {f"{stem}.ipynb" for stem in notebooks.available()} <= {item["name"] for item in served["content"]}
     assert kernels["kernelspecs"]["python3"]["spec"]["argv"] != ["elsewhere"]
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job inherits that it is ignored
 
 
 def _answer(address: str, process: subprocess.Popen) -> bytes:
