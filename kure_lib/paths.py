@@ -6,6 +6,7 @@ nothing under `results/` is written, and what a notebook makes must agree with t
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +16,12 @@ NOTEBOOKS = ROOT / "notebooks"
 
 class KureError(Exception):
     """A mistake the user can mend; its message is one sentence that says what, where and what to do."""
+
+
+def check_known(kind: str, value: object, known: Iterable) -> None:
+    """Raise `KureError` with the allowed names unless `value` is one of them."""
+    if value not in known:
+        raise KureError(f"Unknown {kind} {value!r}: choose one of {', '.join(map(str, known))}.")
 
 
 def __getattr__(name: str) -> Path:

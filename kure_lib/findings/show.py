@@ -72,28 +72,13 @@ NAME = {
 
 def style() -> None:
     """Set matplotlib's defaults: one size, a light grid, fonts that can be read at half the printed size."""
-    plt.rcParams.update(
-        {
-            "figure.figsize": FIGURE_SIZE,
-            "figure.constrained_layout.use": True,
-            "font.family": "DejaVu Sans",
-            "font.size": 14,
-            "axes.titlesize": 14,
-            "axes.labelsize": 14,
-            "xtick.labelsize": 13,
-            "ytick.labelsize": 13,
-            "legend.fontsize": 13,
-            "legend.frameon": False,
-            "lines.linewidth": 2.0,
-            "lines.markersize": 7.0,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": "#DDDDDD",
-            "grid.linewidth": 0.8,
-            "axes.axisbelow": True,
-        }
-    )
+    plt.rcParams.update({
+        "figure.figsize": FIGURE_SIZE, "figure.constrained_layout.use": True, "font.family": "DejaVu Sans",
+        "font.size": 14, "axes.titlesize": 14, "axes.labelsize": 14, "xtick.labelsize": 13, "ytick.labelsize": 13,
+        "legend.fontsize": 13, "legend.frameon": False, "lines.linewidth": 2.0, "lines.markersize": 7.0,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+        "axes.grid": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.8,
+    })  # fmt: skip
 
 
 def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = files.RELATIVE_TOLERANCE) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +12,7 @@ import pandas as pd
 from filelock import FileLock
 
 from kure_lib import files, paths
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 
 OUTCOMES = ("holds", "partly", "fails", "not tested")
 BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
@@ -50,8 +50,8 @@ def record(id: str, outcome: str, evidence: str, notebook: str | None = None) ->
     needed only where several notebooks judge a claim: each adds its part, and if parts differ the claim holds
     `partly`. Raises `KureError` on an unknown id, outcome or notebook, or without evidence.
     """
-    _require("claim", id, claims())
-    _require("outcome", outcome, OUTCOMES)
+    check_known("claim", id, claims())
+    check_known("outcome", outcome, OUTCOMES)
     claim = claims()[id]
     evidence = " ".join(evidence.split())  # one line, also from a wrapped string
     if not evidence:
@@ -59,7 +59,7 @@ def record(id: str, outcome: str, evidence: str, notebook: str | None = None) ->
     if notebook is None and len(claim.notebooks) > 1:
         raise KureError(f"{id} is judged in {', '.join(claim.notebooks)}: say which with notebook=.")
     notebook = notebook or claim.notebooks[0]
-    _require(f"notebook of {id}", notebook, claim.notebooks)
+    check_known(f"notebook of {id}", notebook, claim.notebooks)
 
     verdict = {"id": id, "outcome": outcome, "evidence": evidence, "notebook": notebook}
     with _alone(id):
@@ -79,18 +79,20 @@ def scoreboard() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["id", "statement", "outcome", "evidence", "notebook"])
 
 
-def scoreboard_markdown(folder: str = "notebooks/") -> str:
-    """The scoreboard as Markdown: a line of totals, then a table that links to the notebooks in `folder`."""
+def scoreboard_markdown(folder: str = "notebooks/", evidence: bool = True) -> str:
+    """The scoreboard as Markdown: a line of totals, then a table, with the evidence or without, that links to the
+    notebooks in `folder`.
+    """
     board = scoreboard()
     counts = board.outcome.value_counts()
     totals = ", ".join(f"{outcome} {counts.get(outcome, 0)}" for outcome in OUTCOMES)
-    lines = [f"{len(board)} claims and questions (profile `{paths.profile()}`): {totals}.", ""]
-    lines += ["| id | claim or question | verdict | evidence | notebook |", "| --- | --- | --- | --- | --- |"]
-    for id, statement, outcome, evidence, notebook in board.itertuples(index=False, name=None):
-        links = " ".join(_link(stem, folder) for stem in notebook.split(", "))
-        cells = (id, statement, f"**{outcome}**", evidence, links)
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    names = ["id", "claim or question", "verdict", *["evidence"] * evidence, "notebook"]
+    rows = [names, ["---"] * len(names)]
+    for id, statement, outcome, reason, stems in board.itertuples(index=False, name=None):
+        links = " ".join(_link(stem, folder) for stem in stems.split(", "))
+        rows.append([id, statement, f"**{outcome}**", *[reason] * evidence, links])
+    table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join([f"{len(board)} claims and questions (profile `{paths.profile()}`): {totals}.", "", *table])
 
 
 def update_readme(path: Path) -> None:
@@ -100,7 +102,7 @@ def update_readme(path: Path) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise KureError(f"{path} lacks the lines {BEGIN} and {END}: put them where the scoreboard belongs.")
-    files.keep(path, f"{before}{BEGIN}\n{scoreboard_markdown()}\n{END}{after}")
+    files.keep(path, f"{before}{BEGIN}\n{scoreboard_markdown(evidence=False)}\n{END}{after}")
 
 
 def _merged(claim: Claim, parts: dict[str, dict[str, str]]) -> dict:
@@ -146,8 +148,3 @@ def _link(stem: str, folder: str) -> str:
     """The notebook's number, linked if the notebook exists."""
     exists = (paths.NOTEBOOKS / f"{stem}.ipynb").is_file()
     return f"[{stem[:2]}]({folder}{stem}.ipynb)" if exists else stem[:2]
-
-
-def _require(kind: str, name: str, allowed: Iterable[str]) -> None:
-    if name not in allowed:
-        raise KureError(f"Unknown {kind} {name!r}: choose one of {', '.join(allowed)}.")

@@ -18,7 +18,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from kure_lib.files import write_atomically
-from kure_lib.paths import DATA, KureError
+from kure_lib.paths import DATA, KureError, check_known
 
 SHIFT = 2  # pixels by which a training image is moved at most, in each direction
 
@@ -131,10 +131,8 @@ def load(name: str, split: str) -> Split:
 
     Raises `KureError` for an unknown name and for data that are missing or damaged.
     """
-    if name not in SOURCES:
-        raise KureError(f"Unknown data set '{name}': choose one of {', '.join(SOURCES)}.")
-    if split not in ("train", "test"):
-        raise KureError(f"Unknown split '{split}': choose train or test.")
+    check_known("data set", name, SOURCES)
+    check_known("split", split, ("train", "test"))
     return SOURCES[name](split == "train")
 
 

@@ -8,7 +8,7 @@ from torchvision import models as torchvision_models
 from torchvision.models.resnet import BasicBlock
 
 from kure_lib.networks.depthwise import DenseGradient, DepthwiseConv2d
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 
 IMAGENET = ("resnet18", "resnet50", "mobilenet_v2")  # torchvision publishes their weights
 
@@ -92,8 +92,7 @@ def build(name: str, channels: int, classes: int, pretrained: bool = False) -> n
     Raises:
         KureError: The name is unknown, or torchvision has no weights for the network.
     """
-    if name not in NETWORKS:
-        raise KureError(f"Unknown architecture '{name}': choose one of {', '.join(NETWORKS)}.")
+    check_known("architecture", name, NETWORKS)
     if pretrained and name not in IMAGENET:
         raise KureError(f"There are no published weights for '{name}', only for {', '.join(IMAGENET)}.")
     if pretrained:

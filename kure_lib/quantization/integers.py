@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kure_lib.networks.layers import quantized_layers, restored
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 from kure_lib.quantization.spec import ROUNDINGS, QuantizationSpec
 from kure_lib.quantization.view import weight_steps
 from kure_lib.tensors.grids import SIGNED_INT
@@ -53,8 +53,7 @@ class Integers:
         >>> [master.to(4, rounding).codes.tolist() for rounding in ("even", "half_up", "truncate")]
         [[-8, 0, 0, 7], [-8, 0, 1, 7], [-8, -1, 0, 7]]
         """
-        if rounding not in ROUNDINGS:
-            raise KureError(f"Unknown rounding '{rounding}' to drop bits: choose one of {', '.join(ROUNDINGS)}.")
+        check_known("rounding", rounding, ROUNDINGS)
         if not 1 <= bits <= self.bits:
             raise KureError(f"Cannot make {bits} bits of {self.bits}: give a whole number from 1 to {self.bits}.")
         if bits == self.bits:

@@ -1,7 +1,6 @@
 """How a network is quantized, as one frozen value that travels whole."""
 
 import json
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -14,9 +13,9 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, Bits, Codebook, Format, grid_named
-from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule, per_block
+from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule
 
 IMAGES = 512  # training images to calibrate with, as many as the paper's authors take
 TRAINED_RULES = ("dorefa", "lsq")  # the quantizer that quantization-aware training left (see `training.qat`)
@@ -89,7 +88,7 @@ class QuantizationSpec(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> "QuantizationSpec":
         if self.rounding:
-            _require("rounding", self.rounding, ROUNDINGS)
+            check_known("rounding", self.rounding, ROUNDINGS)
             self._allow_only(
                 "made from an 8-bit copy", {"grid": SIGNED_INT},
                 "weight_bits", "grid", "scope", "rounding", "reestimate_batch_norm", "calibration",
@@ -135,23 +134,5 @@ class QuantizationSpec(BaseModel):
             renamed["block"] = self.scope.size
         return json.dumps(renamed, sort_keys=True)
 
-    @classmethod
-    def from_key(cls, key: str) -> "QuantizationSpec":
-        """The specification that a key in a record stands for.
-
-        >>> QuantizationSpec.from_key('{"block": 32, "method": "mx", "grid": "fp4_e2m1", "weight_bits": 4}').scope
-        Scope(name='block', size=32)
-        """
-        fields = json.loads(key)
-        scope = PER_CHANNEL if fields.pop("per_channel", False) else PER_TENSOR
-        scope = per_block(fields.pop("block")) if "block" in fields else scope
-        return cls(scope=scope, **{_FIELDS.get(name, name): value for name, value in fields.items()})
-
 
 _KEY_NAMES = {"step_rule": "method", "rounding": "master"}  # as the records call them
-_FIELDS = {name: field for field, name in _KEY_NAMES.items()}
-
-
-def _require(kind: str, name: str, allowed: Iterable[str]) -> None:
-    if name not in allowed:
-        raise KureError(f"Unknown {kind} '{name}': choose one of {', '.join(allowed)}.")

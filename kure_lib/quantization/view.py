@@ -11,7 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
 from kure_lib.networks import activations
 from kure_lib.networks.layers import latent_weight, quantized_layers, restored
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 from kure_lib.quantization import calibration
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
 from kure_lib.tensors.grids import UNSIGNED, Format
@@ -188,9 +188,8 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
     chosen = quantized_layers(model)
     if layers is None:
         return chosen
-    layers = list(layers)
-    if unknown := [name for name in layers if name not in chosen]:
-        raise KureError(f"'{unknown[0]}' is not a layer that is quantized: choose from {', '.join(chosen)}.")
+    for name in (layers := list(layers)):
+        check_known("quantized layer", name, chosen)
     return {name: chosen[name] for name in layers}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from kure_lib.paths import KureError, use_profile
+from kure_lib.paths import check_known, use_profile
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import runs
 from kure_lib.study.profiles import NEEDS, PROFILES, TUNING_SIZE, Contender, Recipe
@@ -88,9 +88,9 @@ class Plan:
         choices = {"quantizer": [""]} | {name: _several(value) for name, value in wanted.items() if value is not None}
         known = self._known()
         for name, values in choices.items():
-            _require("choice", name, CHOICES)
+            check_known("choice", name, CHOICES)
             for value in values if name in known else ():
-                _require(name, value, known[name])
+                check_known(name, value, known[name])
         usual = {"target": [KURE.target], "coefficient": [KURE.coefficient]} | choices
 
         def matches(run: Planned) -> bool:
@@ -153,15 +153,9 @@ def _several(value: Any) -> list:
     return list(value) if isinstance(value, list | tuple | set | range) else [value]
 
 
-def _require(kind: str, value: Any, allowed: Iterable) -> None:
-    if value not in allowed:
-        raise KureError(f"There is no {kind} {value!r} to select: choose from {', '.join(map(repr, allowed))}.")
-
-
 def plan(profile: str) -> Plan:
     """All runs of a profile, seed by seed; `KureError` for an unknown profile."""
-    if profile not in PROFILES:
-        raise KureError(f"Unknown profile '{profile}': choose one of {', '.join(PROFILES)}.")
+    check_known("profile", profile, PROFILES)
     recipes = PROFILES[profile]
     seeds = range(max(recipe.seeds for recipe in recipes))
     planned = [run for seed in seeds for recipe in recipes for run in _runs(recipe, seed)]

@@ -16,7 +16,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 
 MAX_BITS = 16
 FULL = 32  # bits of a float32, which is not quantized
@@ -138,8 +138,7 @@ CODEBOOKS: dict[str, Codebook] = {
 def grid_named(name: str) -> Format:
     """The grid or codebook of that name; `KureError` lists the known ones."""
     known = GRIDS | CODEBOOKS
-    if name not in known:
-        raise KureError(f"Unknown quantization grid '{name}': choose one of {', '.join(known)}.")
+    check_known("quantization grid", name, known)
     return known[name]
 
 

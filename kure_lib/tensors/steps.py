@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 from kure_lib.tensors import theory
 from kure_lib.tensors.grids import FP8_E4M3, MID_RISE, Codebook, Format, check_bits, levels
 from kure_lib.tensors.quantizers import nearest
@@ -26,7 +27,7 @@ def _as_distribution(x: Tensor | EmpiricalDistribution) -> EmpiricalDistribution
     return x if isinstance(x, EmpiricalDistribution) else EmpiricalDistribution(x)
 
 
-def mse_curve(x: Tensor | EmpiricalDistribution, steps: theory.Steps, bits: int, grid: Format = MID_RISE) -> Tensor:
+def mse_curve(x: Tensor | EmpiricalDistribution, steps: ArrayLike, bits: int, grid: Format = MID_RISE) -> Tensor:
     """MSE(X, Δ) = E[(X − Q_Δ(X))²] at each of the steps: float64 of shape [steps], exact.
 
     >>> mse_curve(torch.tensor([-0.9, 0.2, 0.5]), [1.0], bits=2).item()
@@ -142,8 +143,7 @@ def _norm(text: str) -> float:
 
 
 def _family(text: str) -> str:
-    if text not in FAMILIES:
-        raise KureError(f"Unknown family '{text}' for aciq: choose one of {', '.join(FAMILIES)}.")
+    check_known("family for aciq", text, FAMILIES)
     return text
 
 
@@ -178,9 +178,7 @@ def parse_rule(rule: str, scope: Scope = PER_TENSOR) -> tuple[str, list]:
     ('lp', [2.5])
     """
     name, _, argument = rule.partition(":")
-    known = BLOCK_RULES if scope.size else STEP_RULES
-    if name not in known:
-        raise KureError(f"Unknown rule '{rule}' to choose a step {scope}: choose one of {', '.join(known)}.")
+    check_known(f"rule to choose a step {scope}", name, BLOCK_RULES if scope.size else STEP_RULES)
     try:
         return name, [_ARGUMENTS[name](argument)] if argument else []
     except (KeyError, ValueError):

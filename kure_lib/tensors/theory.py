@@ -18,6 +18,7 @@ from math import sqrt
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 
 from kure_lib.tensors.distributions import UNIT_VARIANCE, Laplace, Normal, Uniform, as_distribution
@@ -25,12 +26,10 @@ from kure_lib.tensors.grids import Format
 
 __all__ = ["UNIT_VARIANCE", "Laplace", "Normal", "Uniform", "derivatives", "mse", "optimal_step", "sensitivity"]
 
-Steps = Any  # a number, a sequence of them or an array
-
 VALLEYS, POINTS = 8, 24  # of the distortion against the step that are looked into, and at how many steps each
 
 
-def mse(dist: Any, step: Steps, bits: int, grid: Format) -> np.ndarray:
+def mse(dist: Any, step: ArrayLike, bits: int, grid: Format) -> np.ndarray:
     """MSE(X, Δ) = E[(X − Q_Δ(X))²] (paper, Eq. 2).
 
     `dist` is one of `distributions`, a frozen scipy one, a tensor or its `steps.EmpiricalDistribution`; `step`
@@ -41,13 +40,15 @@ def mse(dist: Any, step: Steps, bits: int, grid: Format) -> np.ndarray:
     >>> round(12 * float(mse(Uniform(8.5), 1.0, bits=4, grid=MID_TREAD)), 9)  # Δ = 2a/(2⁴ + 1): MSE = Δ²/12
     1.0
     """
-    dist, step = as_distribution(dist), _as_steps(step)
+    dist, steps = as_distribution(dist), _as_steps(step)
     o, gap, h = _stairs(bits, grid)
-    excess = (gap * dist.excess(step[..., None] * h)).sum(-1)
-    return dist.variance + (dist.mean - o * step) ** 2 - 2 * step * excess
+    excess = (gap * dist.excess(steps[..., None] * h)).sum(-1)
+    return dist.variance + (dist.mean - o * steps) ** 2 - 2 * steps * excess
 
 
-def derivatives(dist: Any, step: Steps, bits: int, grid: Format, side: str = "right") -> tuple[np.ndarray, np.ndarray]:
+def derivatives(
+    dist: Any, step: ArrayLike, bits: int, grid: Format, side: str = "right"
+) -> tuple[np.ndarray, np.ndarray]:
     """∂MSE/∂Δ and ∂²MSE/∂Δ² at `step`: two arrays of its shape, in units of X and of 1.
 
     Where a threshold meets a jump of the density (an end of a uniform tensor) the second one jumps too:
@@ -58,12 +59,12 @@ def derivatives(dist: Any, step: Steps, bits: int, grid: Format, side: str = "ri
     >>> abs(round(float(first), 12)), round(float(second), 12)
     (0.0, 8.0)
     """
-    dist, step = as_distribution(dist), _as_steps(step)
+    dist, steps = as_distribution(dist), _as_steps(step)
     o, gap, h = _stairs(bits, grid)
-    b = step[..., None] * h
+    b = steps[..., None] * h
     reached = dist.tail(b) @ (gap * np.abs(h))
-    first = -2 * o * (dist.mean - o * step) - 2 * (gap * dist.excess(b)).sum(-1) + 2 * step * reached
-    second = 2 * o**2 + 4 * reached - 2 * step * (dist.density(b, side) @ (gap * h**2))
+    first = -2 * o * (dist.mean - o * steps) - 2 * (gap * dist.excess(b)).sum(-1) + 2 * steps * reached
+    second = 2 * o**2 + 4 * reached - 2 * steps * (dist.density(b, side) @ (gap * h**2))
     return first, second
 
 
@@ -95,7 +96,7 @@ def optimal_step(dist: Any, bits: int, grid: Format) -> float:
     return float(brentq(slope, low, high, xtol=1e-15 * scale, rtol=1e-14))
 
 
-def sensitivity(dist: Any, eps: Steps, bits: int, grid: Format) -> np.ndarray:
+def sensitivity(dist: Any, eps: ArrayLike, bits: int, grid: Format) -> np.ndarray:
     """Γ(X, ε) = |MSE(X, Δ̃ + ε) − MSE(X, Δ̃)| (paper, Eq. 4); ε is signed: below zero it clips more.
 
     >>> from kure_lib.tensors.grids import SIGNED_INT

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from kure_lib.networks.data import SOURCES
 from kure_lib.networks.models import NETWORKS
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 from kure_lib.quantization.spec import TRAINED_RULES
 from kure_lib.tensors.grids import Bits
 from kure_lib.training.regularizers import REDUCTIONS
@@ -22,8 +22,7 @@ Positive = Annotated[float, Field(gt=0)]
 
 def _one_of(kind: str, table: Iterable[str]) -> AfterValidator:
     def check(name: str) -> str:
-        if name not in table:
-            raise KureError(f"Unknown {kind} '{name}': choose one of {', '.join(table)}.")
+        check_known(kind, name, table)
         return name
 
     return AfterValidator(check)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kure_lib.networks import activations
 from kure_lib.networks.layers import latent_weight, regularized_layers
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 from kure_lib.tensors.kurtosis import kurtoses, kurtosis
 from kure_lib.training.protocol import TrainingMethod
 
@@ -52,8 +52,7 @@ class KurtosisRegularizer(TrainingMethod):
         per_channel: bool = False,
         layers: Iterable[str] | None = None,
     ):
-        if reduction not in REDUCTIONS:
-            raise KureError(f"Unknown reduction '{reduction}': choose one of {', '.join(REDUCTIONS)}.")
+        check_known("reduction", reduction, REDUCTIONS)
         chosen = regularized_layers(model) if layers is None else _layers_named(model, layers)
         if not chosen:
             raise KureError("There is no layer to regularize: the model needs at least two convolutions.")
@@ -90,8 +89,7 @@ def _layers_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     weighted = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
     names = list(names)
     for name in names:
-        if name not in weighted:
-            raise KureError(f"The model has no layer '{name}' with weights: choose from {', '.join(weighted)}.")
+        check_known("layer with weights", name, weighted)
     return {name: weighted[name] for name in names}
 
 

@@ -30,21 +30,12 @@ SAMPLES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9)
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
-    """An empty folder of results, under a profile of its own."""
-    monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
-    monkeypatch.setenv("KURE_PROFILE", "trial")
-    monkeypatch.delenv("KURE_CHECK", raising=False)
-    return tmp_path / "trial"
-
-
-@pytest.fixture
-def checked(results, monkeypatch):
+def checked(results_folder, monkeypatch):
     """Turns check mode on when called, and returns what the folder then holds."""
 
     def turn_on():
         monkeypatch.setenv("KURE_CHECK", "1")
-        return snapshot(results)
+        return snapshot(results_folder)
 
     return turn_on
 
@@ -67,25 +58,25 @@ def draw(frame, name="curve"):
 # Figures
 
 
-def test_a_figure_is_kept_with_its_data_at_a_fixed_size(results):
+def test_a_figure_is_kept_with_its_data_at_a_fixed_size(results_folder):
     show.style()
     draw(curve())
-    image = Image.open(results / "figures/curve.png")
+    image = Image.open(results_folder / "figures/curve.png")
     assert image.size == tuple(round(show.DPI * inches) for inches in show.FIGURE_SIZE)
     assert "Software" not in image.info
-    kept = pd.read_csv(results / "figures/curve.csv")
+    kept = pd.read_csv(results_folder / "figures/curve.csv")
     pd.testing.assert_frame_equal(kept, curve(), check_dtype=False, rtol=1e-6)
 
 
-def test_a_figure_is_closed_and_drawn_to_the_same_bytes_again(results):
+def test_a_figure_is_closed_and_drawn_to_the_same_bytes_again(results_folder):
     draw(curve())
-    first = snapshot(results)
+    first = snapshot(results_folder)
     draw(curve())
-    assert snapshot(results) == first
+    assert snapshot(results_folder) == first
     assert plt.get_fignums() == []
 
 
-def test_a_figure_appears_once_in_a_notebook(results):
+def test_a_figure_appears_once_in_a_notebook(results_folder):
     source = [
         "import pandas as pd, matplotlib.pyplot as plt\nfrom kure_lib import show\nshow.style()",
         "fig, ax = plt.subplots()\n_ = ax.plot([1, 2])\nshow.figure(fig, 'once', pd.DataFrame({'y': [1, 2]}))",
@@ -97,24 +88,24 @@ def test_a_figure_appears_once_in_a_notebook(results):
     assert "image/png" in outputs[0].data
 
 
-def test_check_mode_passes_on_equal_figures_and_writes_nothing(results, checked):
+def test_check_mode_passes_on_equal_figures_and_writes_nothing(results_folder, checked):
     draw(curve())
     before = checked()
     draw(curve(scale=1 + 5e-5))  # within the tolerance
-    assert snapshot(results) == before
+    assert snapshot(results_folder) == before
 
 
-def test_check_mode_detects_one_changed_number_of_a_figure(results, checked):
+def test_check_mode_detects_one_changed_number_of_a_figure(results_folder, checked):
     draw(curve())
     before = checked()
     with pytest.raises(KureError, match=r"curve\.csv differs .* row 2 of column top1 is 91\.7\d+ and was 91"):
         draw(curve(scale=1 + 2e-4))
-    assert snapshot(results) == before
+    assert snapshot(results_folder) == before
 
 
-def test_check_mode_misses_a_figure_without_its_image(results, checked):
+def test_check_mode_misses_a_figure_without_its_image(results_folder, checked):
     draw(curve())
-    (results / "figures/curve.png").unlink()
+    (results_folder / "figures/curve.png").unlink()
     checked()
     with pytest.raises(KureError, match=r"curve\.png is missing"):
         draw(curve())
@@ -123,10 +114,10 @@ def test_check_mode_misses_a_figure_without_its_image(results, checked):
 # Tables
 
 
-def test_a_table_is_kept_as_shown_and_as_numbers(results):
+def test_a_table_is_kept_as_shown_and_as_numbers(results_folder):
     shown = pd.DataFrame({"arm": ["kure", "a|b"], "top-1 (%)": ["91.60", "–"]})
     show.table(shown, "t", caption="Accuracy", tidy=pd.DataFrame({"arm": ["kure"], "top1": [91.6049]}))
-    assert (results / "tables/t.md").read_text().splitlines() == [
+    assert (results_folder / "tables/t.md").read_text().splitlines() == [
         "**Accuracy**",
         "",
         "| arm   |   top-1 (%) |",
@@ -134,13 +125,13 @@ def test_a_table_is_kept_as_shown_and_as_numbers(results):
         "| kure  |       91.60 |",
         "| a\\|b  |           – |",
     ]
-    assert (results / "tables/t.csv").read_text() == "arm,top1\nkure,91.6049\n"
+    assert (results_folder / "tables/t.csv").read_text() == "arm,top1\nkure,91.6049\n"
 
 
-def test_a_pivoted_table_becomes_flat(results):
+def test_a_pivoted_table_becomes_flat(results_folder):
     wide = curve().pivot(index="arm", columns="bits", values=["top1"])
     show.table(wide, "wide")
-    assert (results / "tables/wide.md").read_text().splitlines()[0].split() == [
+    assert (results_folder / "tables/wide.md").read_text().splitlines()[0].split() == [
         "|",
         "arm",
         "|",
@@ -154,7 +145,7 @@ def test_a_pivoted_table_becomes_flat(results):
         "4",
         "|",
     ]
-    assert (results / "tables/wide.csv").read_text().splitlines()[1] == "control,,91.7,"
+    assert (results_folder / "tables/wide.csv").read_text().splitlines()[1] == "control,,91.7,"
 
 
 @pytest.mark.parametrize(
@@ -165,14 +156,14 @@ def test_a_pivoted_table_becomes_flat(results):
         ({"extra": [1, 2, 3]}, "row 0 of column extra is extra and was nothing"),
     ],
 )
-def test_check_mode_names_the_row_and_column_of_a_changed_table(results, checked, change, message):
+def test_check_mode_names_the_row_and_column_of_a_changed_table(results_folder, checked, change, message):
     show.table(curve(), "t", caption="Caption")
     checked()
     with pytest.raises(KureError, match=rf"t\.md differs .*{message}"):
         show.table(curve().assign(**change), "t", caption="Caption")
 
 
-def test_check_mode_compares_the_numbers_behind_a_formatted_table(results, checked):
+def test_check_mode_compares_the_numbers_behind_a_formatted_table(results_folder, checked):
     shown = pd.DataFrame({"top1": ["91.6"]})
     show.table(shown, "t", tidy=curve())
     checked()
@@ -260,7 +251,7 @@ def test_one_value_is_only_indicative():
 # The environment
 
 
-def test_the_environment_names_versions_device_precision_and_profile(results, capsys):
+def test_the_environment_names_versions_device_precision_and_profile(results_folder, capsys):
     show.environment()
     lines = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__.split('+')[0]}" in lines[0]

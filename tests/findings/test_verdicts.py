@@ -166,6 +166,7 @@ def test_the_scoreboard_counts_and_links_existing_notebooks_only(tmp_path, monke
     (row,) = [line for line in text.splitlines() if line.startswith("| K1 ")]
     assert row.endswith(f"| **partly** | a\\|b 1. | [03](notebooks/{FIRST}.ipynb) 05 |")
     assert f"[03]({FIRST}.ipynb)" in verdicts.scoreboard_markdown(folder="")
+    assert "a\\|b 1." not in verdicts.scoreboard_markdown(evidence=False)
 
 
 def test_the_readme_changes_between_its_markers_only(tmp_path):
@@ -174,7 +175,9 @@ def test_the_readme_changes_between_its_markers_only(tmp_path):
     verdicts.record("S3", "holds", "Gap 1.")
     verdicts.update_readme(readme)
     text = readme.read_text(encoding="utf-8")
-    assert text == f"# Title\n\n{verdicts.BEGIN}\n{verdicts.scoreboard_markdown()}\n{verdicts.END}\n\nEnd.\n"
+    assert (
+        text == f"# Title\n\n{verdicts.BEGIN}\n{verdicts.scoreboard_markdown(evidence=False)}\n{verdicts.END}\n\nEnd.\n"
+    )
     verdicts.update_readme(readme)
     assert readme.read_text(encoding="utf-8") == text
 

@@ -114,7 +114,7 @@ def test_a_damaged_unpacked_file_is_unpacked_again(copied_data, damage):
 
 @pytest.mark.parametrize(
     ("name", "split", "said"),
-    [("mnist", "train", "'mnist'.*fashion_mnist, cifar10, imagenet"), ("fashion_mnist", "val", "'val'.*train or test")],
+    [("mnist", "train", "'mnist'.*fashion_mnist, cifar10, imagenet"), ("fashion_mnist", "val", "'val'.*train, test")],
 )
 def test_unknown_names_are_told_the_known_ones(name, split, said):
     with pytest.raises(KureError, match=said):

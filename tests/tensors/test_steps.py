@@ -334,7 +334,7 @@ def test_a_percentile_clips_the_share_it_names():
         ("lp:inf", "not inf"),
         ("lp:two", "lp:two"),
         ("mse:3", "stand alone"),
-        ("aciq:gamma", "family 'gamma'"),
+        ("aciq:gamma", "family for aciq 'gamma'"),
         ("kl", "'kl'"),
     ],
 )
