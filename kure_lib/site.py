@@ -30,7 +30,8 @@ table { border-collapse: collapse; margin: 1em 0; font-size: .92em; }
 th, td { padding: .35em .7em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 ul.plain { list-style: none; padding: 0; } .scroll, pre { overflow-x: auto; } pre { font-size: .86em; }
 td b { white-space: nowrap; } td b::before { content: "● "; }
-.holds { color: #00785a; } .partly { color: #a86f00; } .fails { color: #c04a00; } .not { color: var(--faint); }
+.holds, .yes { color: #00785a; } .mixed { color: #a86f00; } .fails, .no { color: #c04a00; }
+.undecided, .not { color: var(--faint); }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1.5rem; }
 figure { margin: 0; } img { max-width: 100%; height: auto; } math[display=block] { overflow-x: auto; }
 .input_area { background: #f6f7f8; border-left: 3px solid var(--line); padding: .1em 1em; }
@@ -96,12 +97,15 @@ def _notebook_pages(folder: Path) -> dict[str, str]:
 
 
 def _verdicts(pages: Container[str]) -> list[str]:
-    rows = ["<tr><th><th>Claim or question<th>Verdict<th>Evidence<th>Notebook"]
+    rows = ["<tr><th><th>Claim or question<th>Verdict<th>Decided by<th>Notebook"]
     for row in verdicts.scoreboard().to_dict("records"):
         stems = row["notebook"].split(", ")
         links = " ".join(_link(f"{stem}.html", stem[:2]) if stem in pages else stem[:2] for stem in stems)
-        claim, outcome, evidence = (escape(row[name]) for name in ("statement", "outcome", "evidence"))
-        cells = [row["id"], claim, f"<b class='{outcome}'>{outcome}</b>", evidence, links]
+        claim, outcome, number, evidence = (
+            escape(row[name]) for name in ("statement", "outcome", "decided_by", "evidence")
+        )
+        folded = f"<details><summary>why</summary>{evidence}</details>" if evidence else ""
+        cells = [row["id"], claim, f"<b class='{outcome}'>{outcome}</b>", number + folded, links]
         rows.append("<tr><td>" + "<td>".join(cells))
     return rows
 

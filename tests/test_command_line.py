@@ -159,7 +159,7 @@ def write(tmp_path, monkeypatch):
     """Writes the notebook `STEM`, given the sources of its code cells; it owes a verdict on X1."""
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
     monkeypatch.setenv("KURE_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(verdicts, "claims", lambda: {"X1": verdicts.Claim("X1", "", "", "", (STEM,))})
+    monkeypatch.setattr(verdicts, "claims", lambda: {"X1": verdicts.Claim("X1", "", "", "", "more", "", 1.0, (STEM,))})
 
     def write(*sources, parameters='profile = "study"  # type: str scale'):
         cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *sources)]

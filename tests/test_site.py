@@ -30,7 +30,8 @@ def page(tmp_path, monkeypatch):
     ax.plot([1, 2])
     show.figure(fig, "06_a_figure", pd.DataFrame({"x": [1, 2]}))
     show.table(pd.DataFrame({"bits": [3, 4]}), "06_a_table", caption="Bits & more")
-    verdicts.record("S3", "partly", "costs 0.3 < 1.2 points")
+    effects = pd.DataFrame({"setting": ["w3"] * 3, "seed": [0, 1, 2], "effect": [2.0, 2.2, 2.4]})
+    verdicts.judge("S3", effects, "costs 0.3 < 1.2 points")
     index = report.build("smoke")
     assert index == paths.results() / "report" / "index.html"
     return lambda name: (index.parent / f"{name}.html").read_text()
@@ -45,8 +46,8 @@ def notebook(stem: str, other: str) -> nbformat.NotebookNode:
 
 def test_the_first_page_has_all_there_is(page):
     index = page("index")
-    assert len(re.findall(r"<td><b class='(?:holds|partly|fails|not tested)'>", index)) == len(verdicts.claims())
-    assert "<td><b class='partly'>partly</b><td>costs 0.3 &lt; 1.2 points" in index
+    assert len(re.findall(r"<td><b class='(?:holds|not tested)'>", index)) == len(verdicts.claims())
+    assert "<td><b class='holds'>holds</b><td>+2.2 ± 0.5 points (w3)" in index and "costs 0.3 &lt; 1.2 points" in index
     assert "<img src='../figures/06_a_figure.png'" in index
     assert "Bits &amp; more" in index
     assert "06 · Title" in index

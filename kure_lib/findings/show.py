@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from IPython.display import Image, Markdown, display
+from scipy.stats import t as student_t
 
 from kure_lib import files, paths
 from kure_lib.networks import device
@@ -49,6 +50,11 @@ LINE: dict[str, dict[str, Any]] = {
     "mxfp4": {"color": "#56B4E9", "linestyle": "--", "marker": "D"},
     "mxfp6": {"color": "#56B4E9", "linestyle": "--", "marker": "D"},
     "nvfp4": {"color": "#0072B2", "linestyle": "-", "marker": "P"},
+    # pipelines
+    "plain": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+    "lapq": {"color": "#56B4E9", "linestyle": "--", "marker": "s"},
+    "per channel": {"color": "#CC79A7", "linestyle": ":", "marker": "^"},
+    "practice": {"color": "#009E73", "linestyle": "-.", "marker": "D"},
     # published values beside ours
     "paper": {"color": "#000000", "linestyle": ":", "marker": "x"},
 }
@@ -67,6 +73,7 @@ NAME = {
     "int8": "INT8", "int4": "INT4", "int3": "INT3", "fp8_e4m3": "FP8 E4M3", "fp8_e5m2": "FP8 E5M2",
     "fp6_e2m3": "FP6 E2M3", "fp6_e3m2": "FP6 E3M2", "fp4_e2m1": "FP4 E2M1", "nf4": "NF4", "pot4": "power of two",
     "mxfp4": "MXFP4", "mxfp6": "MXFP6 E2M3", "nvfp4": "NVFP4",
+    "lapq": "LAPQ",
 }  # fmt: skip
 
 
@@ -130,6 +137,42 @@ def band(axis: plt.Axes, frame: pd.DataFrame, x: str, y: str, name: str = "", **
     labels = {"xlabel": axis.get_xlabel(), "ylabel": axis.get_ylabel()}  # seaborn would write the columns' names there
     sns.lineplot(frame, x=x, y=y, errorbar=("pi", 100), ax=axis, legend=False, err_kws={"linewidth": 0}, **look)
     axis.set(**labels)
+
+
+def forest(axis: plt.Axes, frame: pd.DataFrame, y: str, x: str, hue: str) -> None:
+    """Draw every value of `x` as a small dot, and the mean of each group with its 95 % Student interval, in rows.
+
+    Args:
+        axis: Where to draw; the first row stands at the top.
+        frame: One row a measurement.
+        y: Column of the rows.
+        x: Column of the effect; the line at zero says that there is none.
+        hue: Column of the groups within a row, keys of `LINE` and `NAME`.
+    """
+    groups = list(dict.fromkeys(frame[hue]))
+    shared = {"x": x, "y": y, "hue": hue, "orient": "h", "ax": axis, "legend": False}
+    apart = 0.8 * (1 - 1 / len(groups))  # as far as the strips of dots are apart
+    axis.axvline(0, color="black", linewidth=1)
+    sns.pointplot(
+        frame, dodge=apart, errorbar=_student, linestyle="none", capsize=0.1, err_kws={"linewidth": 2},
+        palette=COLOR, markers=[LINE[group]["marker"] for group in groups], **shared,
+    )  # fmt: skip
+    sns.stripplot(
+        frame, dodge=True, jitter=False, size=3, palette=["black"] * len(groups),
+        zorder=9, **shared,
+    )  # fmt: skip
+    for group in groups:
+        axis.plot([], [], label=NAME.get(group, group), **LINE[group] | {"linestyle": "none"})
+    axis.set(xlabel="", ylabel="")
+    axis.grid(axis="y", visible=False)
+
+
+def _student(values: pd.Series) -> tuple[float, float]:
+    """The ends of the 95 % Student interval of the mean, on the mean where there is one value alone."""
+    if len(values) == 1:
+        return values.iloc[0], values.iloc[0]
+    low, high = student_t.interval(0.95, len(values) - 1, values.mean(), values.sem())
+    return float(low), float(high)
 
 
 def environment() -> None:

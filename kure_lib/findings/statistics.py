@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from statistics import fmean, stdev
+from typing import Any
 
 import pandas as pd
 from scipy.stats import t as student_t
@@ -70,3 +71,22 @@ def gain(frame: pd.DataFrame, keys: list[str], value: str = "top1") -> pd.DataFr
     """KURE minus its control, paired by seed: one row for each combination of `keys` and seed, column `gain`."""
     wide = frame.pivot_table(index=[*keys, "seed"], columns="arm", values=value, sort=False)
     return (wide["kure"] - wide["control"]).rename("gain").reset_index()
+
+
+def effects(frame: pd.DataFrame, by: list[str], value: str = "gain") -> pd.DataFrame:
+    """A tidy frame as the effects that `verdicts.judge` decides: columns `setting`, `seed` (if it has one), `effect`.
+
+    A setting is named by the columns `by`; networks and arms get the names readers see, bits a w or an a before them.
+
+    >>> effects(pd.DataFrame({"model": ["resnet20"], "w_bits": [3], "seed": [0], "gain": [1.5]}), ["model", "w_bits"])
+             setting  seed  effect
+    0  ResNet-20, w3     0     1.5
+    """
+
+    def word(column: str, value: Any) -> str:
+        shown = value if isinstance(value, str) else f"{value:g}"
+        return f"{column[0]}{shown}" if column in ("w_bits", "a_bits") else NAME.get(shown, shown)
+
+    setting = [", ".join(map(word, by, row)) for row in frame[by].itertuples(index=False)]
+    found = frame.assign(setting=setting).rename(columns={value: "effect"}).reset_index(drop=True)
+    return found[[name for name in ("setting", "seed", "effect") if name in found]]

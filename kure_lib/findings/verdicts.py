@@ -1,32 +1,75 @@
-"""Claims of the paper and questions of its readers, and the verdict each one ends in."""
+"""Claims of the paper and questions of its readers, the rule that decides them, and the verdict each one ends in.
+
+`claims.toml` says of each claim which effect is measured, in which unit, and how large an effect is worth having; one
+rule, here, decides every setting from its interval and the claim from its settings. No notebook has a rule of its own.
+"""
 
 import json
+import math
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pandas as pd
 from filelock import FileLock
+from IPython.display import Markdown, display
 
 from kure_lib import files, paths
+from kure_lib.findings.statistics import mean_interval
 from kure_lib.paths import KureError, check_known
 
-OUTCOMES = ("holds", "partly", "fails", "not tested")
+OUTCOMES = ("holds", "mixed", "undecided", "fails", "not tested")
+ANSWERS = {"holds": "yes", "fails": "no"}  # what a question ends in; the other outcomes keep their names
+KINDS = {
+    "more": "A setting is supported if its interval lies above zero and reaches the margin, refuted if it lies wholly "
+    "below the margin, and undecided otherwise.",
+    "same": "A setting is supported if its interval lies within ± the margin, refuted if it lies wholly outside, and "
+    "undecided otherwise.",
+    "exact": "The effect is how far the statement is missed: a setting is supported up to the margin and refuted "
+    "beyond it, without chance.",
+}
+DECISIONS = ("supported", "refuted", "undecided")
+RULE = (
+    "A claim holds if some setting is supported, none refuted and at most half are undecided; it fails if some are "
+    "refuted and none supported; it is mixed if both occur; else it is undecided."
+)
+CHANCE = (
+    "Intervals are Student intervals over seeds, of differences paired by seed, that hold at 95 % for all settings of "
+    "a claim at once (Šidák); a single seed has none and decides nothing."
+)
+LEVEL = 0.95  # that all intervals of a claim cover at once: each of k settings has level 0.95^(1/k) (Šidák 1967)
+SHOWN = 24  # settings printed in a notebook; the file of the verdict has all
 BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement to be judged: its source, what would refute (or answer) it, the notebooks that judge it."""
+    """A statement to be judged.
+
+    `effect` says what is measured, between which arms, how paired and over which settings; it is in `unit`. `margin`
+    is the smallest effect worth having, in that unit, for `reason` where it is not the usual one; `kind` is one of
+    `KINDS`. `notebooks` are those that judge it, each by its stem.
+    """
 
     id: str
     source: str
     statement: str
-    refuted_by: str
+    effect: str
+    kind: str
+    unit: str
+    margin: float
     notebooks: tuple[str, ...]
+    reason: str = ""
+
+    @property
+    def is_question(self) -> bool:
+        return self.id[0] in "PQ"
 
 
 @cache
@@ -39,60 +82,224 @@ def claims() -> dict[str, Claim]:
     text = Path(__file__).with_name("claims.toml").read_text(encoding="utf-8")
     return {
         id: Claim(id=id, **{**fields, "notebooks": tuple(fields["notebooks"])})
-        for id, fields in tomllib.loads(text).items()
+        for id, fields in tomllib.loads(text)["claims"].items()
     }
 
 
-def record(id: str, outcome: str, evidence: str, notebook: str | None = None) -> None:
-    """Write the verdict on a claim and print it; in check mode compare it with the committed verdict.
+def changed_after_looking() -> list[str]:
+    """Every change of a rule, a margin or an effect that was made after a look at the data it decides."""
+    text = Path(__file__).with_name("claims.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["changed_after_looking"]
 
-    `outcome` is one of `OUTCOMES`, `evidence` one sentence with computed numbers. `notebook` (its stem) is
-    needed only where several notebooks judge a claim: each adds its part, and if parts differ the claim holds
-    `partly`. Raises `KureError` on an unknown id, outcome or notebook, or without evidence.
+
+def rules(stem: str) -> str:
+    """What a notebook judges and by which rule, as Markdown, to be shown before any number.
+
+    Raises `KureError` for a notebook that judges nothing.
+    """
+    judged = [claim for claim in claims().values() if stem in claim.notebooks]
+    check_known("notebook with claims", stem, sorted({stem for claim in claims().values() for stem in claim.notebooks}))
+    lines = ["**What is judged here, and by which rule**", ""]
+    for claim in judged:
+        margin = f"margin {claim.margin:g} {claim.unit}" + (f" ({claim.reason})" if claim.reason else "")
+        lines.append(f"- **{claim.id}** {claim.statement} ({claim.source}) *{claim.effect}*; {margin}; `{claim.kind}`.")
+    lines += ["", *(f"`{kind}`: {KINDS[kind]}" for kind in KINDS if kind in {claim.kind for claim in judged})]
+    if {claim.kind for claim in judged} != {"exact"}:
+        lines += ["", CHANCE]
+    lines += ["", RULE]
+    return "\n".join(lines)
+
+
+def announce(stem: str) -> None:
+    """Show the rules of a notebook, before any number."""
+    display(Markdown(rules(stem)))
+
+
+def decide(effects: pd.DataFrame, kind: str, margin: float) -> pd.DataFrame:
+    """One row a setting, in order of appearance: `setting`, `n`, `mean`, `half`, the half-width of its interval, and
+    `decision`.
+
+    Args:
+        effects: Columns `setting`, `effect` and, unless `kind` is exact, `seed`; one row a setting and seed.
+        kind: One of `KINDS`.
+        margin: The smallest effect worth having, in the unit of the effects.
+
+    Raises:
+        KureError: The kind is unknown, a column is missing, an effect is not a finite number, or a pair of setting
+            and seed occurs twice.
+
+    Example:
+        >>> effects = pd.DataFrame({"setting": ["w3"] * 3, "seed": [0, 1, 2], "effect": [2.0, 2.2, 2.4]})
+        >>> decide(effects, "more", margin=1.0).round(2).values.tolist()
+        [['w3', 3, 2.2, 0.5, 'supported']]
+    """
+    check_known("kind", kind, KINDS)
+    columns = ["setting", "effect"] if kind == "exact" else ["setting", "seed", "effect"]
+    if lacking := set(columns) - set(effects.columns):
+        raise KureError(f"Effects to be judged lack the column {min(lacking)!r}: give {', '.join(columns)}.")
+    if twice := effects[columns[:-1]].duplicated().sum():
+        raise KureError(f"{twice} effects occur twice: give one for each {' and '.join(columns[:-1])}.")
+    if not effects.effect.map(math.isfinite).all():
+        where = effects.setting[~effects.effect.map(math.isfinite)].iloc[0]
+        raise KureError(f"The effect in setting {where!r} is not a finite number: leave out what was not measured.")
+    groups = effects.groupby("setting", sort=False).effect
+    level = LEVEL ** (1 / max(groups.ngroups, 1))
+    rows: list[tuple[Any, ...]] = []
+    for setting, values in groups:
+        mean, half = mean_interval(values, level)
+        half = 0.0 if kind == "exact" else math.inf if math.isnan(half) else half
+        rows.append((setting, len(values), mean, half, _decision(kind, margin, mean - half, mean + half)))
+    return pd.DataFrame(rows, columns=["setting", "n", "mean", "half", "decision"])
+
+
+def _decision(kind: str, margin: float, low: float, high: float) -> str:
+    if kind == "more":
+        supported, refuted = low > 0 and high >= margin, high < margin
+    elif kind == "same":
+        supported, refuted = -margin <= low and high <= margin, low > margin or high < -margin
+    else:
+        supported, refuted = high <= margin, high > margin
+    return "supported" if supported else "refuted" if refuted else "undecided"
+
+
+def outcome(decisions: Iterable[str]) -> str:
+    """What a claim ends in, given the decision on each of its settings: one of `OUTCOMES`.
+
+    >>> outcome(["supported", "undecided"]), outcome(["refuted", "undecided"])
+    ('holds', 'fails')
+    """
+    counts = Counter(decisions)
+    supported, refuted, undecided = (counts[name] for name in DECISIONS)
+    if supported and refuted:
+        return "mixed"
+    if supported and 2 * undecided <= supported + undecided:
+        return "holds"
+    return "fails" if refuted else "undecided" if counts else "not tested"
+
+
+def judge(id: str, effects: pd.DataFrame, remark: str = "", notebook: str | None = None) -> None:
+    """Decide a claim from its effects, keep the verdict and print it; in check mode compare it with the committed one.
+
+    Args:
+        id: The claim.
+        effects: As in `decide`; none at all means that this profile does not test the claim.
+        remark: A sentence with computed numbers that the board folds away.
+        notebook: The stem of the judging notebook, needed only where several judge a claim: the effects of all are
+            then decided together.
+
+    Raises:
+        KureError: The claim or notebook is unknown, or the effects are not as `decide` wants them.
     """
     check_known("claim", id, claims())
-    check_known("outcome", outcome, OUTCOMES)
     claim = claims()[id]
-    evidence = " ".join(evidence.split())  # one line, also from a wrapped string
-    if not evidence:
-        raise KureError(f"The verdict on {id} has no evidence: give one sentence with the computed numbers.")
     if notebook is None and len(claim.notebooks) > 1:
         raise KureError(f"{id} is judged in {', '.join(claim.notebooks)}: say which with notebook=.")
     notebook = notebook or claim.notebooks[0]
     check_known(f"notebook of {id}", notebook, claim.notebooks)
-
-    verdict = {"id": id, "outcome": outcome, "evidence": evidence, "notebook": notebook}
+    if len(effects):
+        decide(effects, claim.kind, claim.margin)  # refuses what is wrong before anything is kept
+    quantum = claim.margin / 1000 or 1e-6  # the rounding of other machines stays out of the file
+    rows = [
+        {name: row[name] for name in ("setting", "seed") if name in row}
+        | {"effect": float(f"{round(row['effect'] / quantum) * quantum:.12g}")}
+        for row in _records(effects)
+    ]
+    part = {"remark": " ".join(remark.split()), "effects": rows}
     with _alone(id):
-        if len(claim.notebooks) > 1:
-            parts = _read(id).get("parts", {}) | {notebook: {"outcome": outcome, "evidence": evidence}}
-            verdict = _merged(claim, parts)
-        files.keep(_file(id), json.dumps(verdict, indent=2, ensure_ascii=False) + "\n")
-    print(f"{id} · {outcome} · {evidence}")
+        parts = _read(id).get("parts", {}) | {notebook: part}
+        verdict = _verdict(claim, {stem: parts[stem] for stem in claim.notebooks if stem in parts})
+        files.keep(_file(id), json.dumps(verdict, indent=1, ensure_ascii=False) + "\n")
+    print(f"{id} · {verdict['outcome']} · {verdict['evidence']}")
+    settings = pd.DataFrame(verdict["settings"], columns=["setting", "n", "effect", "decision"])
+    if len(settings):
+        print(settings.head(SHOWN).to_string(index=False))
+
+
+def _verdict(claim: Claim, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The verdict on the effects of all notebooks together."""
+    effects = pd.DataFrame([row for part in parts.values() for row in part["effects"]])
+    settings = _records(decide(effects, claim.kind, claim.margin)) if len(effects) else []
+    found = outcome([row["decision"] for row in settings])
+    summary = "This profile does not test it."
+    if settings:
+        counts = Counter(row["decision"] for row in settings)
+        summary = f"Of {len(settings)} settings " + ", ".join(f"{name} {counts[name]}" for name in DECISIONS) + "."
+    if settings and claim.kind != "exact":
+        means = [row["mean"] for row in settings]
+        summary += f" Over settings the mean is {fmean(means):+.{_digits(claim)}f} {claim.unit}"
+        summary += f", positive in {sum(mean > 0 for mean in means)}."
+    return {
+        "id": claim.id,
+        "outcome": ANSWERS.get(found, found) if claim.is_question else found,
+        "decided_by": _decisive(claim, settings, found),
+        "evidence": " ".join([summary, *(part["remark"] for part in parts.values() if part["remark"])]),
+        "notebook": ", ".join(parts),
+        "settings": [[row["setting"], row["n"], _shown(claim, row), row["decision"]] for row in settings],
+        "parts": parts,
+    }
+
+
+def _decisive(claim: Claim, settings: list[dict[str, Any]], found: str) -> str:
+    """The numbers that decided: for `more` the surest setting on either side of the margin, for the other kinds the
+    one furthest from the statement; where nothing is decided, the one with the narrowest interval.
+    """
+    distance = (lambda row: abs(row["mean"])) if claim.kind == "same" else (lambda row: row["mean"])
+    pick = {"supported": distance, "refuted": distance, "undecided": lambda row: -row["half"]}
+    if claim.kind == "more":
+        pick |= {"supported": lambda row: row["mean"] - row["half"], "refuted": lambda row: -row["mean"] - row["half"]}
+    of = {"holds": ["supported"], "fails": ["refuted"], "mixed": ["supported", "refuted"], "undecided": ["undecided"]}
+    rows = [max((row for row in settings if row["decision"] == name), key=pick[name]) for name in of.get(found, [])]
+    return "; ".join(f"{_shown(claim, row)} {claim.unit} ({row['setting']})" for row in rows)
+
+
+def _digits(claim: Claim) -> int:
+    """Decimals that show a tenth of the margin."""
+    return max(1, 1 - math.floor(math.log10(claim.margin))) if claim.margin else 2
+
+
+def _shown(claim: Claim, row: dict[str, Any]) -> str:
+    if claim.kind == "exact":
+        return f"{row['mean']:.3g}"
+    half = "(one seed)" if math.isinf(row["half"]) else f"± {row['half']:.{_digits(claim)}f}"
+    return f"{row['mean']:+.{_digits(claim)}f} {half}"
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return frame.to_dict("records")  # type: ignore[return-value]  # column names are strings
 
 
 def scoreboard() -> pd.DataFrame:
     """One row a claim under the ambient profile; in `notebook`, the stems of several are joined by ", "."""
+    columns = ["id", "statement", "outcome", "decided_by", "evidence", "notebook"]
     rows = []
     for claim in claims().values():
-        verdict = {"outcome": "not tested", "evidence": ""} | _read(claim.id)
+        verdict = {"outcome": "not tested", "decided_by": "", "evidence": ""} | _read(claim.id)
         rows.append(verdict | {"id": claim.id, "statement": claim.statement, "notebook": ", ".join(claim.notebooks)})
-    return pd.DataFrame(rows, columns=["id", "statement", "outcome", "evidence", "notebook"])
+    return pd.DataFrame(rows, columns=columns)
 
 
 def scoreboard_markdown(folder: str = "notebooks/", evidence: bool = True) -> str:
-    """The scoreboard as Markdown: a line of totals, then a table, with the evidence or without, that links to the
-    notebooks in `folder`.
+    """Two boards as Markdown, the paper's claims and the readers' questions: each a line of totals, then a table that
+    links to the notebooks in `folder`; with `evidence` it folds away under the number that decided.
     """
-    board = scoreboard()
-    counts = board.outcome.value_counts()
-    totals = ", ".join(f"{outcome} {counts.get(outcome, 0)}" for outcome in OUTCOMES)
-    names = ["id", "claim or question", "verdict", *["evidence"] * evidence, "notebook"]
-    rows = [names, ["---"] * len(names)]
-    for id, statement, outcome, reason, stems in board.itertuples(index=False, name=None):
-        links = " ".join(_link(stem, folder) for stem in stems.split(", "))
-        rows.append([id, statement, f"**{outcome}**", *[reason] * evidence, links])
-    table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
-    return "\n".join([f"{len(board)} claims and questions (profile `{paths.profile()}`): {totals}.", "", *table])
+    board, boards = _records(scoreboard()), []
+    for title, word in (("claims of the paper", "claim"), ("questions of its readers", "question")):
+        asked = word == "question"
+        rows = [row for row in board if claims()[row["id"]].is_question is asked]
+        counts = Counter(row["outcome"] for row in rows)
+        words = [ANSWERS.get(name, name) if asked else name for name in OUTCOMES]
+        totals = ", ".join(f"{name} {counts[name]}" for name in words)
+        lines = [f"{len(rows)} {title} (profile `{paths.profile()}`): {totals}.", ""]
+        lines += [f"| id | {word} | verdict | decided by | notebook |", "| --- | --- | --- | --- | --- |"]
+        for row in rows:
+            links = " ".join(_link(stem, folder) for stem in row["notebook"].split(", "))
+            number = row["decided_by"]
+            if evidence and row["evidence"]:
+                number = f"<details><summary>{number or 'why'}</summary>{row['evidence']}</details>"
+            cells = (row["id"], row["statement"], f"**{row['outcome']}**", number, links)
+            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        boards.append("\n".join(lines))
+    return "\n\n".join(boards)
 
 
 def update_readme(path: Path) -> None:
@@ -103,19 +310,6 @@ def update_readme(path: Path) -> None:
     if not (begin and end):
         raise KureError(f"{path} lacks the lines {BEGIN} and {END}: put them where the scoreboard belongs.")
     files.keep(path, f"{before}{BEGIN}\n{scoreboard_markdown(evidence=False)}\n{END}{after}")
-
-
-def _merged(claim: Claim, parts: dict[str, dict[str, str]]) -> dict:
-    """One verdict from the parts of several notebooks, in the claim's order."""
-    parts = {stem: parts[stem] for stem in claim.notebooks if stem in parts}
-    outcomes = {part["outcome"] for part in parts.values()}
-    return {
-        "id": claim.id,
-        "outcome": outcomes.pop() if len(outcomes) == 1 else "partly",
-        "evidence": " ".join(part["evidence"] for part in parts.values()),
-        "notebook": ", ".join(parts),
-        "parts": parts,
-    }
 
 
 @contextmanager

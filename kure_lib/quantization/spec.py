@@ -136,3 +136,10 @@ class QuantizationSpec(BaseModel):
 
 
 _KEY_NAMES = {"step_rule": "method", "rounding": "master"}  # as the records call them
+
+#: The pipelines under which the study asks its main questions, each by the fields that it sets.
+PIPELINES: dict[str, dict[str, Any]] = {
+    "plain": {},  # a step of least squared error for each tensor, no images: isolates the effect, and flatters KURE
+    "lapq": {"step_rule": "lapq"},  # the paper's: a step for each tensor that lowers the loss of calibration images
+    "practice": {"scope": PER_CHANNEL, "bias_correction": True, "reestimate_batch_norm": True},  # what people do
+}

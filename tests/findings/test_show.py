@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from nbclient import NotebookClient
 from PIL import Image
+from scipy import stats
 from scipy.stats import t as student_t
 
 from kure_lib import paths
@@ -25,6 +26,7 @@ GROUPS = [
     ("pretrained", "control", "kure", "scratch", "activations", "paper"),
     ("uniform", "normal", "laplace", "paper"),
     ("mid_rise", "mid_tread", "signed_int"),
+    ("plain", "lapq", "per channel", "practice"),
 ]
 SAMPLES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9)
 
@@ -249,6 +251,32 @@ def test_one_value_is_only_indicative():
 
 
 # The environment
+
+
+def test_effects_are_named_by_what_readers_see():
+    frame = pd.DataFrame(
+        {"model": ["resnet20"] * 2, "a_bits": [4, 4], "K": [1.8, 3.0], "seed": [0, 1], "x": [1.0, 2.0]}
+    )
+    found = statistics.effects(frame, ["model", "a_bits", "K"], "x")
+    assert found.setting.tolist() == ["ResNet-20, a4, 1.8", "ResNet-20, a4, 3"]
+    assert found.effect.tolist() == [1.0, 2.0] and found.seed.tolist() == [0, 1]
+    assert "seed" not in statistics.effects(frame.drop(columns="seed"), ["model"], "x")
+
+
+def test_a_forest_shows_every_seed_and_student_intervals():
+    values = {("4/FP", "plain"): [1.0, 2.0, 4.0], ("4/FP", "lapq"): [0.0, 0.5, 0.1], ("3/FP", "plain"): [3.0],
+              ("3/FP", "lapq"): [0.2, 0.4, -0.9]}  # fmt: skip
+    frame = pd.DataFrame([(y, hue, x) for (y, hue), xs in values.items() for x in xs], columns=["y", "hue", "x"])
+    _, axis = plt.subplots()
+    show.forest(axis, frame, "y", "x", "hue")
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["4/FP", "3/FP"]
+    drawn = [line.get_xdata() for line in axis.lines]
+    for xs in values.values():
+        if len(xs) > 1:
+            interval = stats.ttest_1samp(xs, 0).confidence_interval(0.95)
+            assert any(len(line) >= 2 and np.allclose([min(line), max(line)], interval) for line in drawn)
+    dots = np.concatenate([collection.get_offsets()[:, 0] for collection in axis.collections])
+    assert sorted(dots.tolist()) == sorted(frame.x)
 
 
 def test_the_environment_names_versions_device_precision_and_profile(results_folder, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kure_lib.paths import ROOT, KureError
-from kure_lib.quantization.spec import IMAGES, ROUNDINGS, QuantizationSpec
+from kure_lib.quantization.spec import IMAGES, PIPELINES, ROUNDINGS, QuantizationSpec
 from kure_lib.tensors.grids import FP4_E2M1, MID_TREAD, SIGNED_INT, Bits
 from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, per_block
 
@@ -82,3 +82,11 @@ def test_what_cannot_be_is_refused_in_one_sentence(fields, said):
     with pytest.raises(KureError, match=said) as error:
         QuantizationSpec(**fields)
     assert "\n" not in str(error.value)
+
+
+def test_the_pipelines_are_specifications_and_their_keys_those_of_the_records():
+    keys = {name: json.loads(QuantizationSpec(weight_bits=3, **fields).key) for name, fields in PIPELINES.items()}
+    assert keys["plain"] == {"weight_bits": 3}
+    assert keys["lapq"] == {"weight_bits": 3, "method": "lapq", "calibration": IMAGES}
+    found = {key for file in RECORDS for key in json.loads(file.read_text())["evaluations"]}
+    assert {json.dumps(key, sort_keys=True) for key in keys.values()} <= found
