@@ -17,7 +17,7 @@ from torch import nn
 from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, models
 from kure_lib.networks.evaluation import Evaluation
-from kure_lib.paths import KureError, results
+from kure_lib.paths import KureError, first_line, results
 from kure_lib.quantization.view import folded as fold
 from kure_lib.training.configs import Frozen, RunConfig
 
@@ -99,7 +99,7 @@ def find(config: RunConfig) -> Record | None:
     except FileNotFoundError:
         return None
     except (ValueError, KureError) as error:
-        raise KureError(f"The record {path} is damaged ({_first_line(error)}): restore it, or delete it to train "
+        raise KureError(f"The record {path} is damaged ({first_line(error)}): restore it, or delete it to train "
                         "the run again.") from error  # fmt: skip
     if record.config != config or record.key != config.key:
         raise KureError(f"The record {path} is not the one its name says: restore it, or delete it to train the "
@@ -157,7 +157,3 @@ def locked(config: RunConfig, wait: float = 0) -> Iterator[None]:
     except Timeout:
         raise KureError(f"Another process is working on {config.label} (it holds {path}): wait until it is done, "
                         "or stop it.") from None  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
