@@ -10,17 +10,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, evaluation, models
 from kure_lib.networks.layers import latent_weight, regularized_layers
-from kure_lib.paths import KureError, first_line, say
+from kure_lib.paths import KureError, in_words, say
 from kure_lib.tensors.kurtosis import kurtosis
 from kure_lib.training import methods
 from kure_lib.training.configs import RunConfig
@@ -29,12 +29,26 @@ from kure_lib.training.protocol import TrainingMethod
 criterion = nn.functional.cross_entropy
 
 
+def _possible(curves: dict[str, list[float]]) -> dict[str, list[float]]:
+    for name, values in curves.items():
+        lowest = -math.inf if name == "penalty" else 0
+        highest = 100 if name.endswith("top1") else math.inf
+        for value in values:
+            if not (math.isfinite(value) and lowest <= value <= highest):
+                raise ValueError(f"{name} cannot be {value}")
+    return curves
+
+
+Curves = Annotated[dict[str, list[float]], AfterValidator(_possible)]  # one value an epoch, which can be
+Steps = dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+
+
 class Trained(BaseModel):
     """What a finished run leaves behind, next to the weights: one value an epoch in each curve, and learned steps."""
 
-    curves: dict[str, list[float]] = {}
-    layer_kurtosis: dict[str, list[float]] = {}
-    steps: dict[str, float] = {}
+    curves: Curves = {}
+    layer_kurtosis: Curves = {}
+    steps: Steps = {}
 
 
 def fit(
@@ -78,14 +92,14 @@ def fit(
                 values = train_epoch(model, _batches(config, train, epoch), method, optimizer, schedule)
                 weights = {name: latent_weight(layer) for name, layer in regularized_layers(kept).items()}
                 layers = {name: kurtosis(weight).item() for name, weight in weights.items()}
+                result = evaluation.evaluate(kept, test)
+                values |= {"test_loss": result.loss, "test_top1": result.top1}
                 _check(values, method)
             except KureError as error:
                 raise KureError(
                     f"Training {config.label} diverged in epoch {epoch + 1}: lower its learning rate "
-                    f"({first_line(error)})."
+                    f"({in_words(error)})."
                 ) from error
-            result = evaluation.evaluate(kept, test)
-            values |= {"test_loss": result.loss, "test_top1": result.top1}
             values |= {"kurtosis": sum(layers.values()) / len(layers), "seconds": time.perf_counter() - began}
             _append(history.curves, values)
             _append(history.layer_kurtosis, layers)
@@ -186,8 +200,9 @@ def _schedule(config: RunConfig, optimizer: Optimizer, steps: int) -> lr_schedul
 
 
 def _check(values: dict[str, float], method: TrainingMethod) -> None:
-    if not math.isfinite(values["train_loss"]):
-        raise KureError(f"The loss is {values['train_loss']}.")
+    for name in ("train_loss", "penalty", "test_loss"):
+        if not math.isfinite(values[name]):
+            raise KureError(f"The {name} is {values[name]}.")
     for name, step in method.steps.as_numbers().items():
         if not step > 0:
             raise KureError(f"The learned step of {name} is {step:.2g}.")
@@ -226,9 +241,7 @@ def read_checkpoint(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
             raise ValueError(f"it cannot have finished {saved['epoch']} of {config.epochs} epochs")
         return saved | {"history": history}
     except Exception as error:  # the unpickler has no common class of errors
-        raise KureError(
-            f"The checkpoint {checkpoint} of {config.label} cannot be used ({first_line(error)})"
-        ) from error
+        raise KureError(f"The checkpoint {checkpoint} of {config.label} cannot be used ({in_words(error)})") from error
 
 
 def _resume(checkpoint: Path | None, config: RunConfig, state: dict[str, Any]) -> tuple[int, Trained]:
