@@ -45,6 +45,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     instead.add_argument("--list", action="store_true", help="show what would run and for how long")
     instead.add_argument("--bench", action="store_true", help="measure speed (tests/benchmarks)")
     instead.add_argument("--test", action="store_true", help="run every test and a smoke study")
+    instead.add_argument("--manifest", action="store_true", help="write down anew which results are committed: "
+                         "results/study/MANIFEST.sha256")  # fmt: skip
     instead.add_argument("--lab", nargs="?", const="", metavar="NN", help="open JupyterLab on the notebooks, or on one "
                          "of them; options after -- are for JupyterLab, as in --lab 05 -- --no-browser")  # fmt: skip
     words = sys.argv[1:] if argv is None else argv
@@ -79,6 +81,14 @@ def _run(asked: argparse.Namespace) -> int:
             return 0 if test() else 1
         if asked.bench:
             return _python("-m", "pytest", "-m", "benchmark", "tests/benchmarks")
+        if asked.manifest:
+            from kure_lib.study import manifest
+
+            changed = manifest.write(paths.RESULTS / "study")
+            print(
+                "\n".join([*changed, f"{len(changed)} files are new, changed or gone: commit the manifest with them."])
+            )
+            return 0
         from kure_lib import driver
 
         if asked.list:

@@ -41,6 +41,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             unfinished.unlink()
 
 
+def read_sums(path: Path) -> dict[str, str]:
+    """The SHA-256 of files by name, as `sha256sum` writes them, from a file that exists.
+
+    Raises `KureError` naming the file if it holds none or anything else.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = [re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*)", line) for line in text.splitlines()]
+    if not found or not all(found):
+        raise KureError(f"{path} is damaged: restore it; every line is a SHA-256 and the name of a file.")
+    return {line[2]: line[1] for line in found}
+
+
 def keep(path: Path, text: str, tolerance: float = RELATIVE_TOLERANCE) -> None:
     """Write a result (CSV, Markdown or JSON); in check mode compare it with the committed one instead.
 

@@ -6,8 +6,11 @@ nothing under `results/` is written, and what a notebook makes must agree with t
 """
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
@@ -16,6 +19,19 @@ NOTEBOOKS = ROOT / "notebooks"
 
 class KureError(Exception):
     """A mistake the user can mend; its message is one sentence that says what, where and what to do."""
+
+
+def say(sentence: str) -> None:
+    """Tell the user, on stderr, what is done about something that is no error."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def in_words(error: Exception) -> str:
+    """What an error says, short enough to stand in a sentence."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
 
 
 def check_known(kind: str, value: object, known: Iterable) -> None:

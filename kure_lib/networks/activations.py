@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kure_lib.paths import KureError
+
 
 @contextmanager
 def replaced(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Iterator[nn.Module]:
@@ -60,5 +62,12 @@ def sites(model: nn.Module, images: Tensor) -> list[str]:
 
 
 def quantized_sites(model: nn.Module, images: Tensor) -> list[str]:
-    """The sites whose activations are quantized: all but the first and the last, as with the layers."""
-    return sites(model, images)[1:-1]
+    """The sites whose activations are quantized: all but the first and the last, as with the layers.
+
+    Raises `KureError` if there is none, as in a network without ReLUs.
+    """
+    inner = sites(model, images)[1:-1]
+    if not inner:
+        raise KureError("There is no activation to quantize: only the outputs of nn.ReLU and nn.ReLU6 are, but for the "
+                        "first and the last; leave activation_bits out.")  # fmt: skip
+    return inner

@@ -1,8 +1,9 @@
 """Accuracy and loss of a network on a split."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from kure_lib.networks import data
@@ -14,8 +15,8 @@ BATCH = 1000
 class Evaluation(NamedTuple):
     """Top-1 accuracy in percent and mean cross-entropy in nats."""
 
-    top1: float
-    loss: float
+    top1: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+    loss: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @torch.inference_mode()

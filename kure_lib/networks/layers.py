@@ -1,12 +1,13 @@
 """Which layers of a network are regularized and which are quantized, and their full-precision weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
 
 
 def regularized_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -18,26 +19,69 @@ def regularized_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
     return dict(list(convolutions.items())[1:])
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every convolution and linear layer but the first and the last, by name, as in the paper."""
-    weighted = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    return dict(list(weighted.items())[1:-1])
+#: Layers whose weights can be quantized, and those whose weights nothing here can reach.
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+OUT_OF_REACH = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.modules.conv._ConvTransposeNd)
+
+
+def quantized_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Every convolution and linear layer but the first and the last, by name, as in the paper; or those of `names`.
+
+    Raises `KureError` if there is none or one of the names is not among them, for a network of TorchScript, and, unless
+    names are given, for one with weights that would stay in full precision, such as those of attention.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise KureError(f"'{name or type(model).__name__}' is compiled by torch.jit, where weights cannot be "
+                            "quantized: take the network from before it was scripted or traced.")  # fmt: skip
+        if names is None and isinstance(module, OUT_OF_REACH):
+            raise KureError(f"'{name}' ({type(module).__name__}) has weights that would stay in full precision: name "
+                            "the layers to quantize instead, with layers=.")  # fmt: skip
+    weighted = {name: m for name, m in model.named_modules() if isinstance(m, QUANTIZABLE)}
+    chosen = dict(list(weighted.items())[1:-1])
+    if names is not None:
+        names = list(names)
+        for name in names:
+            check_known("quantized layer", name, chosen)
+        chosen = {name: chosen[name] for name in names}
+    if not chosen:
+        raise KureError("There is no layer to quantize: take a network with convolutions or linear layers between its "
+                        "first and its last, which stay in full precision, or leave weight_bits out.")  # fmt: skip
+    return chosen
+
+
+class LatentWeight(nn.Module):
+    """A parametrization that a block lays over the full-precision weight of a layer, and takes away again."""
 
 
 def latent_weight(layer: nn.Module) -> Tensor:
-    """The full-precision weight of a layer, also while it is trained quantized."""
-    return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
+    """The full-precision weight that a layer computes with, also while it is trained quantized.
+
+    It is the weight below a quantizer, but above what the network itself is made with, such as an orthogonal
+    parametrization.
+    """
+    laid_over = parametrize.is_parametrized(layer, "weight") and isinstance(
+        layer.parametrizations.weight[0], LatentWeight
+    )
+    return layer.parametrizations.weight.original if laid_over else layer.weight
 
 
 @contextmanager
 def restored(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """A block in which the layers' weights may be parametrized; afterwards they are the same plain parameters again.
 
-    Raises `KureError` if one of them is parametrized already.
+    Raises `KureError` if one of them is no plain parameter: quantized already, or computed by the network itself.
     """
     for name, layer in layers.items():
         if parametrize.is_parametrized(layer, "weight"):
-            raise KureError(f"Layer '{name}' is quantized already: leave that block before this one begins.")
+            (first, *_) = layer.parametrizations.weight
+            if isinstance(first, LatentWeight):
+                raise KureError(f"Layer '{name}' is quantized already: leave that block before this one begins.")
+            raise KureError(f"The weight of layer '{name}' is parametrized ({type(first).__name__}): make it plain "
+                            "with torch.nn.utils.parametrize.remove_parametrizations first.")  # fmt: skip
+        if "weight" not in layer._parameters:
+            raise KureError(f"Layer '{name}' computes its weight, as weight_norm, spectral_norm and pruning do: make "
+                            "it plain by remove_weight_norm, remove_spectral_norm or prune.remove.")  # fmt: skip
     orders = {name: list(layer._parameters) for name, layer in layers.items()}
     try:
         yield

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision.models.resnet import BasicBlock
 
+from kure_lib.networks import published
 from kure_lib.networks.depthwise import DenseGradient, DepthwiseConv2d
-from kure_lib.paths import KureError, check_known
+from kure_lib.paths import check_known
 
-IMAGENET = ("resnet18", "resnet50", "mobilenet_v2")  # torchvision publishes their weights
+IMAGENET = tuple(published.DIGITS)
 
 
 class ResNet20(nn.Module):
@@ -87,16 +88,13 @@ def build(name: str, channels: int, classes: int, pretrained: bool = False) -> n
         name: One of `NETWORKS`.
         channels: Color channels of the images.
         classes: Number of classes.
-        pretrained: Whether to load torchvision's ImageNet weights, with which the paper starts.
+        pretrained: Whether to load torchvision's ImageNet weights (see `published`), with which the paper starts.
 
     Raises:
-        KureError: The name is unknown, or torchvision has no weights for the network.
+        KureError: The name is unknown, or there are no published weights for the network or none that suit it.
     """
     check_known("architecture", name, NETWORKS)
-    if pretrained and name not in IMAGENET:
-        raise KureError(f"There are no published weights for '{name}', only for {', '.join(IMAGENET)}.")
+    model = NETWORKS[name](channels, classes)
     if pretrained:
-        model = torchvision_models.get_model(name, weights=torchvision_models.get_model_weights(name).IMAGENET1K_V1)
-    else:
-        model = NETWORKS[name](channels, classes)
+        published.load(model, name)
     return model.to(memory_format=torch.channels_last)

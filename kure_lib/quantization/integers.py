@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kure_lib.networks.layers import quantized_layers, restored
+from kure_lib.networks.layers import LatentWeight, quantized_layers, restored
 from kure_lib.paths import KureError, check_known
 from kure_lib.quantization.spec import ROUNDINGS, QuantizationSpec
 from kure_lib.quantization.view import weight_steps
@@ -94,7 +94,7 @@ def kept_bytes(model: nn.Module, stored: Mapping[str, Integers] | None = None) -
     return WORD * (sum(value.numel() for value in floats) - replaced) + sum(each.bytes for each in stored.values())
 
 
-class _Values(nn.Module):
+class _Values(LatentWeight):
     """The parametrization that computes a layer's weights from integers, whatever the layer holds itself."""
 
     def __init__(self, stored: Integers):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
 from kure_lib.networks import activations
-from kure_lib.networks.layers import latent_weight, quantized_layers, restored
+from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
 from kure_lib.paths import KureError, check_known
 from kure_lib.quantization import calibration
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
@@ -21,7 +21,7 @@ from kure_lib.tensors.steps import best_step, power_of_two
 BATCH = 256  # images at a time for new batch-norm statistics
 
 
-class FakeQuantize(nn.Module):
+class FakeQuantize(LatentWeight):
     """The parametrization W → Q_Δ(W); with `correction`, each output channel keeps its mean and variance."""
 
     def __init__(self, step: Tensor, bits: int, grid: Format, correction: bool = False):
@@ -108,16 +108,19 @@ def chosen_steps(
         given: Steps that need not be chosen.
 
     Raises:
-        KureError: A layer is unknown, or weights or activations are such that no step suits them.
+        KureError: A layer is unknown or what a step is given for, nothing can be quantized, or weights or activations
+            are such that no step suits them.
     """
     steps = dict(given or {})
-    if spec.activation_bits is not None and not set(activations.quantized_sites(model, images[:1])) <= steps.keys():
+    chosen = {} if spec.weight_bits is None else quantized_layers(model, layers)
+    sites = [] if spec.activation_bits is None else activations.quantized_sites(model, images[:1])
+    for name in steps:
+        check_known("layer or site that is quantized", name, [*chosen, *dict.fromkeys(sites)])
+    if not set(sites) <= steps.keys():
         observed = calibration.observe(model, images)
         steps = calibration.activation_steps(observed, spec.activation_bits, spec.step_rule) | steps
-    if spec.weight_bits is not None:
-        missing = {name: layer for name, layer in _chosen(model, layers).items() if name not in steps}
-        steps |= weight_steps(missing, spec)
-    return steps
+    missing = {name: layer for name, layer in chosen.items() if name not in steps}
+    return steps | (weight_steps(missing, spec) if missing else {})
 
 
 @contextmanager
@@ -142,7 +145,8 @@ def quantized(
             A step changed in place takes effect at the next forward pass.
 
     Raises:
-        KureError: A layer is unknown, weights cannot be quantized, or calibration images are needed and missing.
+        KureError: A layer is unknown, weights cannot be quantized, a step is not above zero and finite or does not suit
+            its weights, or calibration images are needed and missing.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 3))
     >>> with quantized(model, weight_bits=1) as view:
@@ -163,12 +167,17 @@ def quantized(
     with ExitStack() as stack:
         if spec.activation_bits is not None:
             first, *inner, last = activations.sites(model, images[:1])
-            site_steps = {site: _final(steps[site], spec.activation_ratio, spec) for site in set(inner)}
+            site_steps = {site: _final(site, steps[site], spec.activation_ratio, spec) for site in set(inner)}
         if spec.weight_bits is not None:
-            chosen = _chosen(model, layers)
+            chosen = quantized_layers(model, layers)
             stack.enter_context(restored(chosen))
             for name, layer in chosen.items():
-                step = _final(steps[name], spec.step_ratio, spec).to(layer.weight.device)
+                step = _final(name, steps[name], spec.step_ratio, spec).to(layer.weight.device)
+                if not _broadcasts(step, layer.weight):
+                    raise KureError(
+                        f"A step of shape {tuple(step.shape)} does not suit the weights {tuple(layer.weight.shape)} "
+                        f"of layer '{name}': give one number, or [C, 1, …, 1]."
+                    )
                 fake_quantize = FakeQuantize(step, spec.weight_bits, spec.grid, spec.bias_correction)
                 parametrize.register_parametrization(layer, "weight", fake_quantize)
         if spec.activation_bits is not None:
@@ -179,18 +188,21 @@ def quantized(
         yield model
 
 
-def _final(step: Tensor, ratio: float, spec: QuantizationSpec) -> Tensor:
+def _final(name: str, step: Tensor, ratio: float, spec: QuantizationSpec) -> Tensor:
     step = step if ratio == 1 else step * ratio
-    return power_of_two(step) if spec.power_of_two else step
+    step = power_of_two(step) if spec.power_of_two else step
+    wrong = step[~((step > 0) & step.isfinite())]
+    if len(wrong):
+        raise KureError(f"The step of '{name}' is {wrong[0]:g}: give steps and ratios whose product is above zero and "
+                        "finite.")  # fmt: skip
+    return step
 
 
-def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
-    chosen = quantized_layers(model)
-    if layers is None:
-        return chosen
-    for name in (layers := list(layers)):
-        check_known("quantized layer", name, chosen)
-    return {name: chosen[name] for name in layers}
+def _broadcasts(step: Tensor, weight: Tensor) -> bool:
+    try:
+        return torch.broadcast_shapes(step.shape, weight.shape) == weight.shape
+    except RuntimeError:
+        return False
 
 
 def _quantizer(site_steps: Mapping[str, Tensor], bits: int, ends: set[str]) -> Callable[[str, Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -12,14 +13,16 @@ import numpy as np
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
+from pydantic import Field, FiniteFloat, model_validator
 from torch import nn
 
 from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, models
 from kure_lib.networks.evaluation import Evaluation
-from kure_lib.paths import KureError, results
+from kure_lib.paths import KureError, in_words, results
 from kure_lib.quantization.view import folded as fold
 from kure_lib.training.configs import Frozen, RunConfig
+from kure_lib.training.loop import Curves, Steps
 
 
 class LayerSummary(Frozen):
@@ -29,24 +32,41 @@ class LayerSummary(Frozen):
     shape: tuple[int, ...]
     regularized: bool
     quantized: bool
-    kurtosis: float
-    low: float
-    high: float
+    kurtosis: float = Field(gt=0, allow_inf_nan=False)
+    low: FiniteFloat
+    high: FiniteFloat
     counts: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> "LayerSummary":
+        if self.low > self.high or sum(self.counts) != math.prod(self.shape):
+            raise ValueError(f"the histogram of {self.name} is not one of {math.prod(self.shape)} weights")
+        return self
 
 
 class Record(Frozen):
-    """A finished run; `steps` are those that LSQ learned, by layer and activation site."""
+    """A finished run; `steps` are those that LSQ learned, by layer and activation site.
+
+    In its file `digest` is the SHA-256 of all else, as `_digest` writes it; records of earlier versions have none.
+    """
 
     key: str
     config: RunConfig
-    curves: dict[str, list[float]]
-    layer_kurtosis: dict[str, list[float]]
+    curves: Curves
+    layer_kurtosis: Curves
     layers: list[LayerSummary]
-    steps: dict[str, float] = {}
+    steps: Steps = {}
     weights_sha256: str
     provenance: dict[str, Any]
     evaluations: dict[str, Evaluation] = {}
+    digest: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Record":
+        for name, values in {**self.curves, **self.layer_kurtosis}.items():
+            if len(values) != self.config.epochs:
+                raise ValueError(f"{name} has {len(values)} values for {self.config.epochs} epochs")
+        return self
 
     @property
     def mean_kurtosis(self) -> float:
@@ -95,11 +115,14 @@ def find(config: RunConfig) -> Record | None:
     """The record of a configuration, or None; `KureError` names the file if it is damaged."""
     path = record_path(config)
     try:
-        record = Record.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        record = Record.model_validate_json(content)
+        if record.digest not in (None, _digest(json.loads(content))):
+            raise ValueError("its digest is not that of its content")
     except FileNotFoundError:
         return None
     except (ValueError, KureError) as error:
-        raise KureError(f"The record {path} is damaged ({_first_line(error)}): restore it, or delete it to train "
+        raise KureError(f"The record {path} is damaged ({in_words(error)}): restore it, or delete it to train "
                         "the run again.") from error  # fmt: skip
     if record.config != config or record.key != config.key:
         raise KureError(f"The record {path} is not the one its name says: restore it, or delete it to train the "
@@ -132,9 +155,9 @@ def checkpoint_path(config: RunConfig) -> Path:
 
 
 def write(record: Record) -> None:
-    """One field a line, evaluations and layers one item a line."""
-    lines = []
-    for name, value in record.model_dump(mode="json", by_alias=True).items():
+    """One field a line, evaluations and layers one item a line, and the digest last."""
+    lines, content = [], record.model_dump(mode="json", by_alias=True)
+    for name, value in (content | {"digest": _digest(content)}).items():
         if name == "evaluations":
             items = (f"  {json.dumps(key)}: {json.dumps(item)}" for key, item in sorted(value.items()))
             text = "{\n" + ",\n".join(items) + "\n}"
@@ -144,6 +167,12 @@ def write(record: Record) -> None:
             text = json.dumps(value)
         lines.append(f"{json.dumps(name)}: {text}")
     write_atomically(record_path(record.config), "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """The SHA-256 of a record without its digest, as JSON with sorted names and no spaces."""
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @contextmanager
@@ -157,7 +186,3 @@ def locked(config: RunConfig, wait: float = 0) -> Iterator[None]:
     except Timeout:
         raise KureError(f"Another process is working on {config.label} (it holds {path}): wait until it is done, "
                         "or stop it.") from None  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -6,6 +6,7 @@ mode nothing is computed, and what is missing is an error.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -71,7 +72,8 @@ def get(config: RunConfig, on_epoch: Callable[[int, dict[str, float]], None] = l
 def evaluate(record: Record, spec: QuantizationSpec = FULL_PRECISION) -> Evaluation:
     """Top-1 accuracy in percent and loss in nats on the test images, quantized as `spec` says; kept in the record.
 
-    Raises `KureError` for a quantizer that the run was not trained with, and in check mode for what was not evaluated.
+    Raises `KureError` for a quantizer that the run was not trained with, for a loss that is not finite, and in check
+    mode for what was not evaluated.
     """
     if spec.key in record.evaluations:
         return record.evaluations[spec.key]
@@ -86,7 +88,11 @@ def evaluate(record: Record, spec: QuantizationSpec = FULL_PRECISION) -> Evaluat
         if spec.key not in record.evaluations:
             _, split = loop.splits(record.config)
             with views.quantized(record, spec) as model:
-                record.evaluations[spec.key] = evaluation.evaluate(model, split)
+                result = evaluation.evaluate(model, split)
+            if not math.isfinite(result.loss):
+                raise KureError(f"The loss of {record.config.label} under {spec.key} is {result.loss}, so it is not "
+                                "kept: its steps are too large or too small; take ratios nearer to 1.")  # fmt: skip
+            record.evaluations[spec.key] = result
             write(record)
     return record.evaluations[spec.key]
 

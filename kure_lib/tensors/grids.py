@@ -142,10 +142,12 @@ def grid_named(name: str) -> Format:
     return known[name]
 
 
-def check_bits(bits: int) -> None:
-    """Raise `KureError` unless `bits` is a whole number from 1 to `MAX_BITS`."""
+def check_bits(bits: int, grid: Format = MID_RISE) -> None:
+    """Raise `KureError` unless `bits` is a whole number from 1 to `MAX_BITS` and `grid` a grid or a codebook."""
     if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= bits <= MAX_BITS:
         raise KureError(f"Cannot quantize to {bits} bits: give a whole number from 1 to {MAX_BITS}.")
+    if not isinstance(grid, Grid | Codebook):
+        raise KureError(f"{grid!r} is no grid: give one itself, such as MID_RISE, or grid_named({MID_RISE.name!r}).")
 
 
 def levels(bits: int, grid: Format = MID_RISE) -> Tensor:
@@ -154,7 +156,7 @@ def levels(bits: int, grid: Format = MID_RISE) -> Tensor:
     >>> levels(2, SIGNED_INT).tolist()
     [-2.0, -1.0, 0.0, 1.0]
     """
-    check_bits(bits)
+    check_bits(bits, grid)
     return torch.from_numpy(grid.levels(bits))
 
 

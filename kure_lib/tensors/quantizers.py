@@ -24,7 +24,7 @@ def quantize(x: Tensor, step: Tensor | float, bits: int, grid: Format = MID_RISE
     >>> quantize(torch.tensor([-9.0, 0.2, 0.8]), 1.0, 2).tolist()
     [-1.5, 0.5, 0.5]
     """
-    check_bits(bits)
+    check_bits(bits, grid)
     step = torch.as_tensor(step, dtype=x.dtype, device=x.device)
     if isinstance(grid, Codebook):
         grid.levels(bits)  # an error if the format has other bits

@@ -212,7 +212,7 @@ def best_step(
     0.5...
     """
     name, arguments = parse_rule(rule, scope)
-    check_bits(bits)
+    check_bits(bits, grid)
     if scope != PER_TENSOR:
         if isinstance(x, EmpiricalDistribution):
             raise KureError(f"Steps {scope} are chosen for a tensor: an EmpiricalDistribution has lost its shape.")

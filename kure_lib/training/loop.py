@@ -4,22 +4,23 @@ A run is trained on one processor thread or on one GPU. A study fills the cores 
 faster than several threads for one network of this size, and a result does not depend on the number of cores.
 """
 
+import hashlib
 import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, evaluation, models
 from kure_lib.networks.layers import latent_weight, regularized_layers
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, in_words, say
 from kure_lib.tensors.kurtosis import kurtosis
 from kure_lib.training import methods
 from kure_lib.training.configs import RunConfig
@@ -28,12 +29,26 @@ from kure_lib.training.protocol import TrainingMethod
 criterion = nn.functional.cross_entropy
 
 
+def _possible(curves: dict[str, list[float]]) -> dict[str, list[float]]:
+    for name, values in curves.items():
+        lowest = -math.inf if name == "penalty" else 0
+        highest = 100 if name.endswith("top1") else math.inf
+        for value in values:
+            if not (math.isfinite(value) and lowest <= value <= highest):
+                raise ValueError(f"{name} cannot be {value}")
+    return curves
+
+
+Curves = Annotated[dict[str, list[float]], AfterValidator(_possible)]  # one value an epoch, which can be
+Steps = dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+
+
 class Trained(BaseModel):
     """What a finished run leaves behind, next to the weights: one value an epoch in each curve, and learned steps."""
 
-    curves: dict[str, list[float]] = {}
-    layer_kurtosis: dict[str, list[float]] = {}
-    steps: dict[str, float] = {}
+    curves: Curves = {}
+    layer_kurtosis: Curves = {}
+    steps: Steps = {}
 
 
 def fit(
@@ -47,14 +62,15 @@ def fit(
     Args:
         config: The run.
         start: The weights of the run that `config.start` names.
-        checkpoint: Where the state is kept after every epoch; training goes on from there to the same weights.
+        checkpoint: Where the state is kept after every epoch; training goes on from there to the same weights. One that
+            is damaged or of another run is named on stderr and not used.
         on_epoch: Called with the number of finished epochs and the values of the last.
 
     Returns:
         The network in evaluation mode, and its curves.
 
     Raises:
-        KureError: The loss or a learned step diverged, or the checkpoint cannot be read.
+        KureError: The loss or a learned step diverged, or the checkpoint cannot be written or was by other code.
     """
     train, test = splits(config)
     torch.manual_seed(config.seed)
@@ -69,25 +85,25 @@ def fit(
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, **method.state()}
     kept = method.average.module if method.average else model
     with device.single_thread(), method.view():
-        finished, history = _resume(checkpoint, state)
+        finished, history = _resume(checkpoint, config, state)
         for epoch in range(finished, config.epochs):
             began = time.perf_counter()
             try:
                 values = train_epoch(model, _batches(config, train, epoch), method, optimizer, schedule)
                 weights = {name: latent_weight(layer) for name, layer in regularized_layers(kept).items()}
                 layers = {name: kurtosis(weight).item() for name, weight in weights.items()}
+                result = evaluation.evaluate(kept, test)
+                values |= {"test_loss": result.loss, "test_top1": result.top1}
                 _check(values, method)
             except KureError as error:
                 raise KureError(
                     f"Training {config.label} diverged in epoch {epoch + 1}: lower its learning rate "
-                    f"({str(error).rstrip('.')})."
+                    f"({in_words(error)})."
                 ) from error
-            result = evaluation.evaluate(kept, test)
-            values |= {"test_loss": result.loss, "test_top1": result.top1}
             values |= {"kurtosis": sum(layers.values()) / len(layers), "seconds": time.perf_counter() - began}
             _append(history.curves, values)
             _append(history.layer_kurtosis, layers)
-            _save(checkpoint, epoch + 1, state, history)
+            _save(checkpoint, config, epoch + 1, state, history)
             on_epoch(epoch + 1, values)
     history.steps.update(method.steps.as_numbers())
     return kept.eval(), history
@@ -184,8 +200,9 @@ def _schedule(config: RunConfig, optimizer: Optimizer, steps: int) -> lr_schedul
 
 
 def _check(values: dict[str, float], method: TrainingMethod) -> None:
-    if not math.isfinite(values["train_loss"]):
-        raise KureError(f"The loss is {values['train_loss']}.")
+    for name in ("train_loss", "penalty", "test_loss"):
+        if not math.isfinite(values[name]):
+            raise KureError(f"The {name} is {values[name]}.")
     for name, step in method.steps.as_numbers().items():
         if not step > 0:
             raise KureError(f"The learned step of {name} is {step:.2g}.")
@@ -196,24 +213,54 @@ def _append(columns: dict[str, list[float]], values: dict[str, float]) -> None:
         columns.setdefault(name, []).append(value)
 
 
-def _save(checkpoint: Path | None, finished: int, state: dict[str, Any], history: Trained) -> None:
+def _save(checkpoint: Path | None, config: RunConfig, finished: int, state: dict[str, Any], history: Trained) -> None:
+    """Write the SHA-256, 32 bytes, then what it is of: the run's key, its state, and its curves so far."""
     if checkpoint is None:
         return
     buffer = io.BytesIO()
     content = {name: part.state_dict() for name, part in state.items()}
-    torch.save({"epoch": finished, "history": history.model_dump(), **content}, buffer)
-    write_atomically(checkpoint, buffer.getvalue())
+    torch.save({"key": config.key, "epoch": finished, "history": history.model_dump(), **content}, buffer)
+    write_atomically(checkpoint, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
 
 
-def _resume(checkpoint: Path | None, state: dict[str, Any]) -> tuple[int, Trained]:
-    """Load the state kept after the last finished epoch; the number of epochs and the curves until then."""
+def read_checkpoint(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint holds: `epoch`, the number of finished ones, `history`, and the parts of the state by name.
+
+    Raises `KureError` if it is damaged or that of another run.
+    """
+    try:
+        sealed = checkpoint.read_bytes()
+        digest, content = sealed[:32], sealed[32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("its SHA-256 is not the one it carries")
+        saved = torch.load(io.BytesIO(content), weights_only=True)
+        if saved["key"] != config.key:
+            raise ValueError(f"it is that of the run {saved['key']}")
+        history = Trained(**saved["history"])
+        if not {len(values) for values in history.curves.values()} == {saved["epoch"]} <= {*range(config.epochs + 1)}:
+            raise ValueError(f"it cannot have finished {saved['epoch']} of {config.epochs} epochs")
+        return saved | {"history": history}
+    except Exception as error:  # the unpickler has no common class of errors
+        raise KureError(f"The checkpoint {checkpoint} of {config.label} cannot be used ({in_words(error)})") from error
+
+
+def _resume(checkpoint: Path | None, config: RunConfig, state: dict[str, Any]) -> tuple[int, Trained]:
+    """Load the state kept after the last finished epoch; the number of epochs and the curves until then.
+
+    Of a checkpoint that is damaged or of another run nothing is used: it is named, and the run begins anew, which costs
+    time and changes no result.
+    """
     if checkpoint is None or not checkpoint.exists():
         return 0, Trained()
     try:
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = read_checkpoint(checkpoint, config)
+    except KureError as error:
+        say(f"{error}: it is left aside, and the run starts again from its first epoch.")
+        return 0, Trained()
+    try:
         for name, part in state.items():
             part.load_state_dict(saved[name])
-        return saved["epoch"], Trained(**saved["history"])
-    except Exception as error:
-        raise KureError(f"The checkpoint {checkpoint} cannot be read ({type(error).__name__}): delete it, "
-                        "and the run starts again from its first epoch.") from error  # fmt: skip
+    except Exception as error:  # whole and of this run: another version of the code wrote it
+        raise KureError(f"The checkpoint {checkpoint} does not suit {config.label} ({type(error).__name__}): delete "
+                        "it, and the run starts again from its first epoch.") from error  # fmt: skip
+    return saved["epoch"], saved["history"]

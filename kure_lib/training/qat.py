@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from kure_lib.networks import activations
-from kure_lib.networks.layers import latent_weight, quantized_layers, restored
+from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
 from kure_lib.quantization import calibration
 from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, UNSIGNED, Bits
 from kure_lib.tensors.quantizers import quantize
@@ -62,7 +62,7 @@ class LearnedStepQuantize(torch.autograd.Function):
         return to_x, (ctx.scale / step.item() * (inside + outside)).reshape(step.shape), None, None, None
 
 
-class DoReFaWeight(nn.Module):
+class DoReFaWeight(LatentWeight):
     """W → Q(tanh W / max|tanh W|) on a mid-rise grid of 2^M levels from −1 to 1, of step 2/(2^M − 1). None: no grid."""
 
     def __init__(self, bits: int | None, ratio: float = 1.0):
@@ -77,7 +77,7 @@ class DoReFaWeight(nn.Module):
         return quantize(squashed, self.ratio * (1 / MID_RISE.outermost(self.bits)), self.bits)
 
 
-class LsqWeight(nn.Module):
+class LsqWeight(LatentWeight):
     """W → Q_Δ(W) on the signed grid with a learned Δ.
 
     At a bit-width M′ other than the M it was learned for, Δ is multiplied by 2^(M − M′): the clipping range stays where

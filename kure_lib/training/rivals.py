@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kure_lib.networks.depthwise import DepthwiseConv2d
-from kure_lib.networks.layers import regularized_layers, restored
+from kure_lib.networks.layers import LatentWeight, regularized_layers, restored
 from kure_lib.paths import KureError
 from kure_lib.tensors.uniformity import PENALTIES, outliers
 from kure_lib.training.protocol import TrainingMethod
@@ -59,7 +59,7 @@ class Noise(TrainingMethod):
             yield
 
 
-class _Noisy(nn.Module):
+class _Noisy(LatentWeight):
     def __init__(self, strength: float):
         super().__init__()
         self.strength = strength

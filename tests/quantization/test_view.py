@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import same_weights
 from torch import nn
+from torch.nn.utils import prune
 from torchvision import models as torchvision_models
 
 from kure_lib.networks import models
@@ -221,3 +222,100 @@ def test_number_formats_are_a_view_too(tiny_model, grid, bits, options):
 def test_a_format_with_other_bits_is_an_error(tiny_model):
     with pytest.raises(KureError, match=r"fp4_e2m1 has 4 bits"):
         QuantizationSpec(weight_bits=3, grid=FP4_E2M1)
+
+
+# Networks that cannot be quantized, or not wholly
+
+
+class Attention(nn.Module):
+    """A block of a vision transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return self.mlp(self.attention(x, x, x, need_weights=False)[0])
+
+
+def refused(said, model, **options):
+    with pytest.raises(KureError, match=said) as error, quantized(model, **{"weight_bits": 4, **options}):
+        pass
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_of_torchscript_is_refused(tiny_model):
+    for compiled in (torch.jit.script(tiny_model), torch.jit.trace(tiny_model, torch.zeros(1, 1, 10, 10))):
+        refused("compiled by torch.jit.*before it was scripted or traced", compiled)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 4), nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))], ids=str)
+def test_where_nothing_would_be_quantized_it_is_said(model):
+    refused("There is no layer to quantize", model)
+
+
+def test_an_empty_choice_of_layers_is_refused(tiny_model):
+    refused("There is no layer to quantize", tiny_model, layers=[])
+
+
+def test_convolutions_of_any_dimension_are_quantized():
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Conv1d(4, 4, 3), nn.Flatten(), nn.Linear(24, 2))
+    full = model[1].weight.detach().clone()
+    with quantized(model, weight_bits=2, scope=PER_CHANNEL):
+        assert torch.equal(model[1].weight, quantize(full, best_step(full, 2, scope=PER_CHANNEL), 2))
+
+
+def test_weights_of_attention_are_not_left_in_full_precision_silently():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Attention(), nn.Linear(8, 2)).eval()
+    refused(r"'1\.attention' \(MultiheadAttention\) has weights that would stay in full precision", model)
+    refused("There is no activation to quantize", model, weight_bits=None, activation_bits=8,
+            images=torch.randn(2, 3, 8))  # fmt: skip
+    with quantized(model, weight_bits=2, layers=["1.mlp.0"]):
+        assert model[1].mlp[0].weight.unique().numel() <= 4
+        assert model(torch.randn(2, 3, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("step", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_step_that_cannot_be_is_refused(tiny_model, step):
+    refused("The step of '4' is", tiny_model, steps={"4": torch.tensor(step)})
+    refused("The step of '4' is", tiny_model, steps={"4": torch.tensor([1.0] * 7 + [step]).view(8, 1, 1, 1)})
+    images = torch.randn(4, 1, 10, 10)
+    tiny_model[6] = nn.Sequential(nn.ReLU(), nn.Flatten())
+    refused("The step of '3:0' is", tiny_model, activation_bits=8, images=images, steps={"3:0": torch.tensor(step)})
+
+
+def test_a_ratio_that_makes_a_step_infinite_is_refused(tiny_model):
+    refused("The step of '2' is inf", tiny_model, step_ratio=1e60)
+
+
+@pytest.mark.parametrize("name", ["0", "9", "3:0"])
+def test_a_step_for_what_is_not_quantized_is_refused(tiny_model, name):
+    refused(
+        f"layer or site that is quantized '{name}': choose one of 2, 4, 5", tiny_model, steps={name: torch.ones(())}
+    )
+
+
+def test_a_step_of_another_shape_is_refused(tiny_model):
+    refused(r"A step of shape \(3,\) does not suit the weights", tiny_model, steps={"5": torch.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda layer: nn.utils.weight_norm(layer), "computes its weight"),
+        (lambda layer: nn.utils.spectral_norm(layer), "computes its weight"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "computes its weight"),
+        (lambda layer: nn.utils.parametrizations.weight_norm(layer), r"parametrized \(_WeightNorm\)"),
+        (lambda layer: nn.utils.parametrizations.orthogonal(layer), r"parametrized \(_Orthogonal\)"),
+    ],
+    ids=["weight norm", "spectral norm", "pruned", "parametrized weight norm", "orthogonal"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_no_plain_parameter_is_refused(tiny_model, make, said):
+    make(tiny_model[5])
+    snapshot = Snapshot(tiny_model)
+    refused(f"layer '5'.*{said}|Layer '5' {said}", tiny_model)
+    assert snapshot.is_of(tiny_model)

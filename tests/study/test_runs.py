@@ -1,5 +1,6 @@
 """Records: written once, found again, damaged, missing, shared by two processes; and those of the study."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -158,11 +159,79 @@ def test_a_damaged_record_is_named(files, config, damage):
     ("old", "new"), [('"learning_rate": 0.05', '"learning_rate": 0.06'), ('"key": "', '"key": "0')], ids=["rate", "key"]
 )
 def test_a_record_whose_configuration_was_edited_is_named(files, config, old, new):
-    text = files[0].read_text()
+    text = _without_digest(files[0])
     assert text.count(old) == 1
     files[0].write_text(text.replace(old, new))
     with pytest.raises(KureError, match=rf"The record {files[0]} is not the one its name says"):
         runs.get(config)
+
+
+def _without_digest(file: Path) -> str:
+    """A record as earlier versions wrote it."""
+    lines = file.read_text().splitlines()
+    assert lines[-2].startswith('"digest": ')
+    return "\n".join([*lines[:-3], lines[-3].removesuffix(","), "}"])
+
+
+def test_a_record_of_an_earlier_version_is_read_and_gets_its_digest_when_it_is_written(files, config):
+    whole = files[0].read_bytes()
+    files[0].write_text(_without_digest(files[0]))
+    record = runs.find(config)
+    assert record.digest is None
+    records.write(record)
+    assert files[0].read_bytes() == whole
+    content = json.loads(whole)
+    digest = content.pop("digest")
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(canonical.encode()).hexdigest() == digest
+
+
+def test_a_bit_that_flipped_anywhere_in_a_record_is_noticed_or_means_nothing(files, config):
+    content, random = files[0].read_bytes(), np.random.default_rng(0)
+    meant, noticed = json.loads(content), 0
+    for place in random.integers(len(content), size=200):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.integers(8)
+        files[0].write_bytes(damaged)
+        try:
+            runs.find(config)
+        except KureError as error:
+            noticed += str(files[0]) in str(error)
+        else:
+            assert json.loads(damaged) == meant  # in the space between two values
+            noticed += 1
+    assert noticed == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["curves"].update(test_top1=[1234.5]), r"curves: .*test_top1 cannot be 1234\.5"),
+        (lambda r: r["curves"].update(test_loss=[float("nan")]), "test_loss cannot be nan"),
+        (lambda r: r["curves"].update(seconds=[-1.0]), r"seconds cannot be -1\.0"),
+        (lambda r: r["curves"].update(kurtosis=[2.0, 2.0]), "kurtosis has 2 values for 1 epochs"),
+        (lambda r: r["layer_kurtosis"].update(conv1=[float("inf")]), "conv1 cannot be inf"),
+        (lambda r: r["evaluations"].update({"{}": [101.0, 0.1]}), r"evaluations\.\{\}\.0: .*less than or equal to 100"),
+        (lambda r: r["evaluations"].update({"{}": [10.0, float("nan")]}), r"evaluations\.\{\}\.1: .*finite"),
+        (lambda r: r.update(steps={"conv1": 0.0}), r"steps\.conv1: .*greater than 0"),
+        (lambda r: r["layers"][0].update(low=9.0), "the histogram of"),
+        (lambda r: r["layers"][0].update(shape=[1, 2]), "is not one of 2 weights"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(files, config, change, said):
+    content = json.loads(_without_digest(files[0]))
+    change(content)
+    files[0].write_text(json.dumps(content))
+    with pytest.raises(KureError, match=rf"The record {files[0]} is damaged \(.*{said}"):
+        runs.find(config)
+
+
+def test_a_loss_that_is_not_finite_is_not_kept(files, config, monkeypatch):
+    record, before = runs.find(config), files[0].read_bytes()
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, split: evaluation.Evaluation(10.0, float("nan")))
+    with pytest.raises(KureError, match=r"The loss of .* is nan, so it is not kept"):
+        runs.evaluate(record, QuantizationSpec(weight_bits=6))
+    assert files[0].read_bytes() == before and len(record.evaluations) == 2
 
 
 def test_damaged_or_missing_weights_are_named(files, config):

@@ -1,10 +1,13 @@
 """Bit-widths of weights and activations: read, written, refused."""
 
 import pytest
+import torch
 
 from kure_lib.findings import paper
 from kure_lib.paths import KureError
-from kure_lib.tensors.grids import Bits
+from kure_lib.tensors.grids import Bits, levels
+from kure_lib.tensors.quantizers import quantize
+from kure_lib.tensors.steps import best_step
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,10 @@ def test_a_name_that_cannot_be_read_is_an_error(name):
 def test_bit_widths_that_no_grid_has_are_refused(bits):
     with pytest.raises(KureError, match=f"to {bits} bits"):
         Bits(4, bits)
+
+
+def test_a_name_in_place_of_a_grid_is_one_sentence():
+    x = torch.linspace(-1, 1, 9)
+    for ask in (lambda: quantize(x, 0.5, 2, "mid_rise"), lambda: best_step(x, 2, "mid_rise"), lambda: levels(2, "fp")):
+        with pytest.raises(KureError, match="is no grid: give one itself, such as MID_RISE"):
+            ask()

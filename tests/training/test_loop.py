@@ -1,5 +1,7 @@
 """Training is a function of its configuration: repeated, interrupted or resumed, it gives the same bits."""
 
+import hashlib
+import io
 import json
 import os
 import signal
@@ -290,7 +292,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, environment):
         time.sleep(0.15)  # into the second epoch
         os.kill(child.pid, signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
-    done = torch.load(checkpoint, weights_only=True)["epoch"]
+    done = training.read_checkpoint(checkpoint, config)["epoch"]
     assert 1 <= done < config.epochs
 
     epochs = []
@@ -301,17 +303,66 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, environment):
     assert timeless(history) == timeless(wanted)
 
 
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda content: b"no checkpoint"])
-def test_a_damaged_checkpoint_is_named(tiny, tmp_path, damage):
-    checkpoint = tmp_path / "run.pt"
-    fit(tiny.model_copy(update={"epochs": 1, "train_size": 128}), checkpoint=checkpoint)
+@pytest.fixture
+def interrupted(tmp_path):
+    """A run of two epochs and its checkpoint after the first."""
+
+    def stop(epoch, values):
+        raise KeyboardInterrupt
+
+    config = RunConfig(model="resnet20", **{**TINY, "train_size": 128})
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, checkpoint=tmp_path / "run.pt", on_epoch=stop)
+    return config, tmp_path / "run.pt"
+
+
+def rewritten(content, **fields):
+    """A checkpoint with some of its fields changed and the SHA-256 that belongs to them."""
+    buffer = io.BytesIO()
+    torch.save(torch.load(io.BytesIO(content[32:]), weights_only=True) | fields, buffer)
+    return hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+DAMAGES = {
+    "half": (lambda content: content[: len(content) // 2], "SHA-256"),
+    "one bit": (lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:], "SHA-256"),
+    "text": (lambda content: b"no checkpoint", "SHA-256"),
+    "empty": (lambda content: b"", "SHA-256"),
+    "no archive": (lambda content: hashlib.sha256(b"no").digest() + b"no", "cannot be used"),
+    "of another run": (lambda content: rewritten(content, key="0123456789"), "that of the run 0123456789"),
+    "too far": (lambda content: rewritten(content, epoch=99), "cannot have finished 99 of 2 epochs"),
+    "curves": (lambda content: rewritten(content, history={"curves": [1]}), "error for Trained"),
+}
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES.values(), ids=DAMAGES)
+def test_a_checkpoint_that_is_damaged_or_foreign_is_named_and_not_used(interrupted, damage, said, capsys):
+    config, checkpoint = interrupted
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
-    with pytest.raises(KureError, match=rf"The checkpoint {checkpoint} cannot be read .*: delete it"):
-        fit(tiny, checkpoint=checkpoint)
+    epochs = []
+    model, _ = fit(config, checkpoint=checkpoint, on_epoch=lambda epoch, values: epochs.append(epoch))
+    told = capsys.readouterr().err
+    assert epochs == [1, 2]
+    assert same_weights(model.state_dict(), fit(config)[0].state_dict())
+    assert told.startswith(f"The checkpoint {checkpoint} of {config.label} cannot be used") and told.count("\n") == 1
+    assert said in told and "starts again from its first epoch" in told
 
 
-def test_a_checkpoint_of_another_network_is_named(tiny, tmp_path):
-    checkpoint = tmp_path / "run.pt"
-    fit(tiny.model_copy(update={"epochs": 1, "train_size": 128}), checkpoint=checkpoint)
-    with pytest.raises(KureError, match="cannot be read"):
-        fit(tiny.model_copy(update={"model": "mobilenet_v2_050"}), checkpoint=checkpoint)
+def test_a_bit_that_flipped_anywhere_in_a_checkpoint_is_noticed(interrupted):
+    config, checkpoint = interrupted
+    content, random = checkpoint.read_bytes(), np.random.default_rng(0)
+    for place in random.integers(len(content), size=50):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.integers(8)
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(KureError, match="cannot be used"):
+            training.read_checkpoint(checkpoint, config)
+    checkpoint.write_bytes(content)
+    assert training.read_checkpoint(checkpoint, config)["epoch"] == 1
+
+
+def test_a_checkpoint_that_other_code_wrote_is_named(interrupted):
+    config, checkpoint = interrupted
+    checkpoint.write_bytes(rewritten(checkpoint.read_bytes(), model={}))
+    with pytest.raises(KureError, match=rf"The checkpoint {checkpoint} does not suit .*: delete it"):
+        fit(config, checkpoint=checkpoint)

@@ -157,3 +157,16 @@ def test_the_term_of_activations_is_scipys_over_the_quantized_sites():
     symmetric = [np.concatenate([x[x > 0], -x[x > 0]]) for x in values]
     distances = [(scipy_kurtosis(x.astype(np.float64), fisher=False) - 2.2) ** 2 for x in symmetric]
     assert len(distances) == 17 and found.item() == pytest.approx(0.5 * np.mean(distances), rel=1e-4)
+
+
+def test_an_orthogonal_layer_is_regularized_as_it_is_used(tiny_model):
+    torch.nn.utils.parametrizations.orthogonal(tiny_model[5])
+    with torch.no_grad():
+        tiny_model[5].parametrizations.weight.original.mul_(torch.linspace(0.1, 3, 16)[:, None, None, None])
+    used = scipy_kurtosis(tiny_model[5].weight.detach().numpy(), axis=None, fisher=False)
+    latent = tiny_model[5].parametrizations.weight.original.detach().numpy()
+    assert abs(scipy_kurtosis(latent, axis=None, fisher=False) - used) > 0.01
+    penalty = KurtosisRegularizer(tiny_model, target=1.8, layers=["5"])()
+    assert penalty.item() == pytest.approx((used - 1.8) ** 2, rel=1e-4)
+    penalty.backward()
+    assert tiny_model[5].parametrizations.weight.original.grad.abs().sum() > 0
