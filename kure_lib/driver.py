@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kure_lib import engine, notebooks, paths
 from kure_lib.networks import device
+from kure_lib.paths import KureError
 from kure_lib.study import plans, records, runs
 from kure_lib.study.plans import Plan
 from kure_lib.study.profiles import PARAMETERS
@@ -98,7 +99,7 @@ def train(planned: Plan, jobs: int | None = None) -> None:
     """Train every run of the plan that has no record, several at once, each in a process of its own.
 
     Shows one bar over all epochs with the time left; where there is no terminal, a plain line for each epoch.
-    Raises `KureError` if a run fails; what was finished is kept.
+    Raises `KureError` if a run fails; those that do not start from it are trained all the same.
     """
     missing = {config.label: config for config in _missing(planned)}
     if not missing:
@@ -123,17 +124,24 @@ def train(planned: Plan, jobs: int | None = None) -> None:
         engine.run(tasks, _places(min(jobs or workers(), len(tasks))), report)
 
 
-def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> None:
-    """Execute notebooks, several at once; 00 shows the verdicts of all others, so it comes last and alone."""
+def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
+    """Execute notebooks, several at once; 00 shows the verdicts of all others, so it comes last and alone.
+
+    One that fails spares the others. Returns what went wrong, in reading order.
+    """
     others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
     threads = max(1, _cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
     changed: dict[str, Any] = PARAMETERS.get(profile, {})
+    failed: dict[str, str] = {}
     with tqdm(total=len(others) + len(last), desc="notebooks", unit="notebook", disable=None) as bar:
 
         def execute(stem: str) -> None:
             if bar.disable:
                 print(f"executing {stem}", flush=True)
-            notebooks.execute(stem, profile, parameters=changed.get(stem[:2]), threads=threads)
+            try:
+                notebooks.execute(stem, profile, parameters=changed.get(stem[:2]), threads=threads)
+            except KureError as error:
+                failed[stem] = str(error)
             bar.update()
 
         pool = ThreadPoolExecutor(jobs)
@@ -146,6 +154,7 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> None:
             pool.shutdown(wait=False, cancel_futures=True)
             notebooks.kill_children(os.getpid())
             raise
+    return [failed[stem] for stem in sorted(failed)]
 
 
 def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jobs: int | None = None) -> Path:
@@ -161,7 +170,8 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
         The path of the site's first page.
 
     Raises:
-        KureError: Another study is writing to the same results, a run or a notebook fails, or a name is unknown.
+        KureError: Another study is writing to the same results, a run or a notebook fails, or a name is unknown. A
+            notebook that fails spares the others and the site, a run those that do not start from it.
 
     Example:
         `driver.run("smoke", only=["05"])`
@@ -178,8 +188,12 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
                 for each in chosen.runs:
                     records.forget(each.config)
             train(chosen, jobs)
-            _execute_all(stems, profile, jobs or workers())
-            return site.build(profile)
+            failed = _execute_all(stems, profile, jobs or workers())
+            page = site.build(profile, failed)
     except Timeout:
         sentence = f"Another study is writing to {paths.results()}: wait until it is done, or stop it."
-        raise paths.KureError(sentence) from None
+        raise KureError(sentence) from None
+    if failed:
+        summary = f"{len(failed)} of {len(stems)} notebooks failed, the report {page} shows what came of the others."
+        raise KureError("\n".join([summary, *failed]))
+    return page

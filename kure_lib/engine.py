@@ -24,13 +24,14 @@ class Task(NamedTuple):
 
 
 def run(tasks: Iterable[Task], places: Sequence[Mapping[str, str]], on_report: Callable[..., None]) -> None:
-    """Carry out every task, as many at once as there are places; an error ends those that are still at work.
+    """Carry out every task, as many at once as there are places; one that fails spares those that do not wait for it.
 
     A place is the environment variables of one worker process, set before it imports anything. `on_report` is called
-    in this process with a task's name and whatever the task sends. Raises the error of a task as it is, and `KureError`
-    if the operating system killed a worker.
+    in this process with a task's name and whatever the task sends. Raises the error of a task as it is, those of
+    several as one `KureError`, and `KureError` at once if the operating system killed a worker.
     """
     waiting = list(tasks)
+    failed: dict[str, BaseException] = {}
     at_work: dict[Future[None], Task] = {}
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
@@ -49,8 +50,15 @@ def run(tasks: Iterable[Task], places: Sequence[Mapping[str, str]], on_report: C
                 while not reports.empty():
                     on_report(*reports.get())
                 for future in finished:
-                    future.result()
+                    task, error = at_work[future], future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        raise error
                     del at_work[future]
+                    if error:
+                        failed[task.name] = error
+                while lost := [task for task in waiting if task.after in failed]:
+                    failed |= {task.name: failed[task.after] for task in lost}
+                    waiting = [task for task in waiting if task not in lost]
         except BrokenProcessPool:  # does not say which process it was
             names = " or ".join(task.name for task in at_work.values())
             raise KureError(f"The process of {names} was killed, perhaps for want of memory: start again with a "
@@ -59,6 +67,11 @@ def run(tasks: Iterable[Task], places: Sequence[Mapping[str, str]], on_report: C
             for process in list((pool._processes or {}).values()):
                 process.kill()  # files are written whole or not at all, so nothing is lost that was finished
             pool.shutdown(cancel_futures=True)
+    errors = list(dict.fromkeys(failed.values()))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise KureError("\n".join(dict.fromkeys(map(str, errors))))
 
 
 def _take_place(free: Queue[Mapping[str, str]]) -> None:

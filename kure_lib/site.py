@@ -5,7 +5,7 @@ The pages hold their styles and show formulae as MathML, so they need no network
 
 import os
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -38,6 +38,7 @@ figure { margin: 0; } img { max-width: 100%; height: auto; } math[display=block]
 .prompt, .output_stderr { display: none; }
 #code:not(:checked) ~ main .input { display: none; }
 """
+EARLIER = "These notebooks could not be executed; what is shown of them, if anything, is of an earlier time."
 
 
 class _Markdown(IPythonRenderer):
@@ -61,15 +62,20 @@ class _Markdown(IPythonRenderer):
         return super().link(text, url, title)
 
 
-def build(profile: str) -> Path:
-    """Write the report on whatever lies in `results/<profile>/`; returns its first page."""
+def build(profile: str, failed: Iterable[str] = ()) -> Path:
+    """Write the report on whatever lies in `results/<profile>/`; returns its first page.
+
+    `failed` says what went wrong with each notebook that could not be executed, in its first line.
+    """
     paths.use_profile(profile)
     folder = paths.results() / "report"
     pages = _notebook_pages(folder)
     index = folder / "index.html"
+    lost = [f"<li>{escape(reason.splitlines()[0])}" for reason in failed]
     contents = [f"<li>{_link(f'{stem}.html', title)}" for stem, title in pages.items()]
     sections = [
         f"<p>What became of the paper's claims when tried again, under the profile {escape(profile)}.</p>",
+        _section("Failed", f"<p>{EARLIER}</p><ul class=plain>", lost, "</ul>"),
         _section("Verdicts", "<div class=scroll><table>", _verdicts(pages), "</table></div>"),
         _section("Notebooks", "<ul class=plain>", contents, "</ul>"),
         _section("Figures", "<div class=gallery>", _figures(), "</div>"),

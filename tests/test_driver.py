@@ -8,12 +8,13 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 
+import nbformat
 import pytest
 import torch
 from filelock import FileLock
 from helpers import TINY, same_weights
 
-from kure_lib import driver, engine, notebooks
+from kure_lib import driver, engine, notebooks, paths
 from kure_lib.networks import data, device
 from kure_lib.paths import KureError
 from kure_lib.study import records, runs
@@ -199,3 +200,42 @@ def test_a_second_study_on_the_same_results_is_refused(results_folder, monkeypat
         pytest.raises(KureError, match=rf"Another study is writing to {folder}: wait until it is done, or stop it"),
     ):
         driver.run("smoke")
+
+
+# Notebooks
+
+
+def book(*cells: str) -> nbformat.NotebookNode:
+    """A notebook of these cells, after one with its parameters."""
+    parameters = nbformat.v4.new_code_cell('profile = "study"  # str: a profile', metadata={"tags": ["parameters"]})
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    return nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)], metadata=kernel)
+
+
+def test_a_notebook_that_fails_spares_the_others_and_the_report(results_folder, tmp_path, monkeypatch):
+    books = {"00_first": book("1 + 1"), "05_broken": book("1 / 0"), "03_whole": book("2 + 2"), "08_torn": book("x")}
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    paths.NOTEBOOKS.mkdir()
+    for stem, cells in books.items():
+        nbformat.write(cells, paths.NOTEBOOKS / f"{stem}.ipynb")
+    began = []
+    execute = notebooks.execute
+    monkeypatch.setattr(
+        notebooks, "execute", lambda stem, *rest, **more: (began.append(stem), execute(stem, *rest, **more))
+    )
+    monkeypatch.setattr(driver, "train", lambda *arguments: None)
+    with pytest.raises(KureError) as error:
+        driver.run("smoke", jobs=2)
+    folder = paths.results()
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("2 of 4 notebooks failed") and str(folder / "report" / "index.html") in lines[0]
+    assert (
+        "Notebook 05_broken failed in the cell that begins with `1 / 0`: ZeroDivisionError: division by zero" in lines
+    )
+    assert f"What was executed lies in {folder / 'notebooks' / '08_torn.partial.ipynb'}." in lines
+    assert began[-1] == "00_first" and len(began) == 4
+    assert {file.stem for file in (folder / "notebooks").glob("*.ipynb")} == {
+        "00_first", "05_broken.partial", "03_whole", "08_torn.partial"
+    }  # fmt: skip
+    index = (folder / "report" / "index.html").read_text()
+    assert "ZeroDivisionError: division by zero" in index

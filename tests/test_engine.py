@@ -26,8 +26,8 @@ def note(folder, name, needs, report):
     (Path(folder) / name).touch()
 
 
-def fail(report):
-    raise ValueError("in a worker")
+def fail(report, about=""):
+    raise ValueError(f"in a worker: {about}")
 
 
 def wait(report):
@@ -68,13 +68,21 @@ def test_a_task_begins_after_the_one_it_waits_for_and_each_place_is_taken_once(n
     assert not multiprocessing.active_children()
 
 
-def test_the_error_of_a_task_is_raised_and_ends_the_others(tasks):
-    at_work = []
-    with pytest.raises(ValueError, match="in a worker"):
-        engine.run([engine.Task("long", tasks.wait), engine.Task("broken", tasks.fail)], [{}, {}],
-                   lambda name, process: at_work.append(process))  # fmt: skip
+def test_a_task_that_fails_spares_those_that_do_not_wait_for_it(tasks, noting, tmp_path):
+    broken, child = engine.Task("broken", tasks.fail), noting("child", after="broken", known=False)
+    grandchild = noting("grandchild", after="child", known=False)
+    others = [noting("other"), noting("its child", after="other")]
+    with pytest.raises(ValueError, match="in a worker: "):
+        engine.run([grandchild, child, broken, *others], [{}], lambda *values: None)
+    assert {file.name for file in (tmp_path / "finished").iterdir()} == {"other", "its child"}
     assert not multiprocessing.active_children()
-    assert not any(psutil.pid_exists(process) for process in at_work)
+
+
+def test_what_several_tasks_say_is_told_once_each(tasks):
+    failing = [engine.Task(f"broken {i}", partial(tasks.fail, about=about)) for i, about in enumerate("aba")]
+    with pytest.raises(KureError) as error:
+        engine.run(failing, [{}, {}], lambda *values: None)
+    assert sorted(str(error.value).splitlines()) == ["in a worker: a", "in a worker: b"]
 
 
 def test_a_killed_process_is_one_sentence_that_names_its_task(tasks, noting):

@@ -75,5 +75,13 @@ def test_a_study_without_results_has_a_report_too(tmp_path, monkeypatch):
     assert "not tested" in report.build("smoke").read_text()
 
 
+def test_a_notebook_that_failed_is_named_with_the_first_line_of_its_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
+    monkeypatch.setenv("KURE_PROFILE", "smoke")
+    assert "could not be executed" not in report.build("smoke").read_text()
+    index = report.build("smoke", [f"Notebook {FIRST} failed: a < b\nits traceback"]).read_text()
+    assert f"<li>Notebook {FIRST} failed: a &lt; b" in index and "traceback" not in index
+
+
 def test_a_formula_beyond_the_converter_is_shown_as_tex():
     assert report._formula(r"\frac", "inline") == r"<code>\frac</code>"
