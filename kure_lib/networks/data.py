@@ -269,17 +269,16 @@ def _read_tiny_imagenet(root: Path, train: bool) -> TensorSplit:
     return TensorSplit(images, torch.tensor(labels), classes, mean, std, LARGE_SHIFT)
 
 
-def _statistics(images: Tensor, chunk: int = 1000) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [1, C, 1, 1] of the bytes of every channel, from exact sums over chunks of images."""
-    total = squares = torch.zeros(1, images.shape[1], 1, 1, dtype=torch.int64)
-    for part in images.split(chunk):
-        part = part.to(torch.int32)
-        total = total + part.sum((0, 2, 3), keepdim=True)
-        squares = squares + part.square().sum((0, 2, 3), keepdim=True)
-    count = images.numel() // images.shape[1]
-    mean = total.double() / count
-    variance = (squares.double() / count - mean**2) * count / (count - 1)
-    return mean.float(), variance.sqrt().float()
+def _statistics(images: Tensor, chunk: int = 2**20) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [1, C, 1, 1] of the bytes of every channel, from exact sums over chunks of pixels."""
+    pixels = images.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C], as they lie in memory
+    total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
+    for part in pixels.split(chunk):
+        part = part.double()
+        total, squares = total + part.sum(0), squares + part.square().sum(0)
+    mean = total / len(pixels)
+    std = ((squares / len(pixels) - mean**2) * len(pixels) / (len(pixels) - 1)).sqrt()
+    return mean.float()[None, :, None, None], std.float()[None, :, None, None]
 
 
 def _imagenet(train: bool) -> FolderSplit:

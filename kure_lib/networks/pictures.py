@@ -83,7 +83,7 @@ def decoded(
     Raises:
         KureError: A picture cannot be read or has another size, or the cache cannot be written.
     """
-    files = (f"{path.resolve()}\t{path.stat().st_size}\t{label}" for path, label in zip(paths, labels, strict=True))
+    files = (f"{path.absolute()}\t{path.stat().st_size}\t{label}" for path, label in zip(paths, labels, strict=True))
     key = hashlib.sha256("\n".join([str(side), *files]).encode()).hexdigest()
     kept, classes = cache() / f"{name}-{key[:20]}.bin", torch.tensor(labels)
     shape = (len(paths), side, side, 3)
