@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kure_lib import engine, notebooks, paths
 from kure_lib.networks import device
+from kure_lib.networks.data import SOURCES
 from kure_lib.paths import KureError
 from kure_lib.study import plans, records, runs
 from kure_lib.study.plans import Plan
@@ -24,7 +25,7 @@ from kure_lib.study.profiles import PARAMETERS
 from kure_lib.training.configs import RunConfig
 
 COMMITTED = paths.ROOT / "results" / "study" / "records"  # tell how long an epoch takes
-TRAINING_IMAGES = {"fashion_mnist": 60_000, "cifar10": 50_000, "imagenet": 1_281_167}
+TRAINING_IMAGES = {name: source.training_images for name, source in SOURCES.items()}
 
 
 def describe(profile: str, only: Iterable[str] | None = None) -> str:

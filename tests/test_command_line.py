@@ -32,7 +32,7 @@ PATIENCE = 300  # seconds; a busy machine is slow to start Python, torch and a k
 @pytest.mark.parametrize(
     ("argv", "names"),
     [
-        (["--profile", "huge"], ["huge", "smoke", "quick", "study", "imagenet"]),
+        (["--profile", "huge"], ["huge", "smoke", "quick", "study", "imagenet", "large"]),
         (["--profil", "quick"], ["--profil"]),
         (["--jobs", "0"], ["'0'", "above 0"]),
         (["--list", "--test"], ["--list", "--test"]),
@@ -51,6 +51,17 @@ def test_a_wrong_option_is_one_sentence(argv, names, capsys):
 
 def test_the_profiles_of_the_command_line_are_those_of_the_study():
     assert list(command_line.PROFILES) == list(profiles.PROFILES)
+
+
+def test_the_large_profile_is_trained_and_no_notebook_executed(results_folder, monkeypatch, capsys):
+    trained = []
+    monkeypatch.setattr(driver, "train", lambda planned, jobs: trained.append((planned.profile, jobs)))
+    monkeypatch.setattr(driver, "run", None)
+    assert command_line.main(["--profile", "large", "--jobs", "2"]) == 0
+    assert trained == [("large", 2)]
+    assert "0 of 18 runs are on record." in capsys.readouterr().out
+    assert command_line.main(["--profile", "large", "--only", "05"]) == 1
+    assert capsys.readouterr().err == "Error: No notebook reads the profile large: leave --only out.\n"
 
 
 @pytest.mark.parametrize("option", ["--only", "--lab"])

@@ -1,7 +1,7 @@
 """Images: small sets as one tensor in memory, large ones streamed from a folder.
 
 A split hands out batches of normalized images, channels-last; with a generator it shuffles and augments.
-Fashion-MNIST is embedded in `data/`; CIFAR-10 and ImageNet are read from where the user keeps them.
+Fashion-MNIST is embedded in `data/`; CIFAR-10, Tiny ImageNet and ImageNet are read from where the user keeps them.
 """
 
 import gzip
@@ -9,8 +9,10 @@ import hashlib
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +20,25 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from kure_lib.files import write_atomically
+from kure_lib.networks import pictures, tiny_imagenet
 from kure_lib.paths import DATA, KureError, check_known
 
-SHIFT = 2  # pixels by which a training image is moved at most, in each direction
+SHIFT = 2  # pixels by which a training image of up to 32 × 32 is moved at most, in each direction
+LARGE_SHIFT = 4  # and one of 64 × 64
+CROP = 224  # pixels a side of the images of a folder
+HELD = 2**33  # bytes of decoded images that are kept: ImageNet's validation images are 7.5 GB
 
 
 class TensorSplit:
     """A split that is one tensor: `images` uint8 [N, C, H, W], `labels` int64 [N], `classes` their number.
 
-    `mean` and `std` [1, C, 1, 1], on the scale of the bytes, normalize the batches.
+    `mean` and `std` [1, C, 1, 1], on the scale of the bytes, normalize the batches; `shift` is by how many pixels
+    training images are moved at most.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: int, mean: Tensor, std: Tensor):
+    def __init__(self, images: Tensor, labels: Tensor, classes: int, mean: Tensor, std: Tensor, shift: int = SHIFT):
         self.images = images.contiguous(memory_format=torch.channels_last)
-        self.labels, self.classes, self.mean, self.std = labels, classes, mean, std
+        self.labels, self.classes, self.mean, self.std, self.shift = labels, classes, mean, std, shift
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,15 +47,22 @@ class TensorSplit:
     def channels(self) -> int:
         return self.images.shape[1]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over images and labels."""
+        return pictures.fingerprint(self.images, self.labels)
+
     def head(self, size: int | None) -> "TensorSplit":
         """The first `size` images, or all of them."""
-        return TensorSplit(self.images[:size], self.labels[:size], self.classes, self.mean, self.std)
+        return self._part(slice(size))
 
     def parted(self, last: int) -> tuple["TensorSplit", "TensorSplit"]:
         """All but the `last` images, and these."""
         cut = len(self) - last
-        rest = TensorSplit(self.images[cut:], self.labels[cut:], self.classes, self.mean, self.std)
-        return self.head(cut), rest
+        return self.head(cut), self._part(slice(cut, None))
+
+    def _part(self, part: slice) -> "TensorSplit":
+        return TensorSplit(self.images[part], self.labels[part], self.classes, self.mean, self.std, self.shift)
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float32 images and their labels; with a generator in random order, flipped and shifted.
@@ -59,81 +73,151 @@ class TensorSplit:
         end = len(self) if generator is None else len(self) - len(self) % size
         for start in range(0, max(end, min(size, len(self))), size):
             index = order[start : start + size]
-            images = self.images[index] if generator is None else augment(self.images[index], generator)
+            images = self.images[index] if generator is None else augment(self.images[index], generator, self.shift)
             yield images.float().sub_(self.mean).div_(self.std), self.labels[index]
 
     def steps_per_epoch(self, size: int) -> int:
         return max(len(self) // size, 1)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image of a batch [B, C, H, W] flipped left to right or not and moved by up to 2 pixels, all at once.
+def augment(images: Tensor, generator: torch.Generator, shift: int = SHIFT) -> Tensor:
+    """Each image of a batch [B, C, H, W] flipped left to right or not and moved by up to `shift` pixels, all at once.
 
     What moves in from outside is zero: black.
     """
     count, _, height, width = images.shape
-    dy, dx = torch.randint(-SHIFT, SHIFT + 1, (2, count), generator=generator)
+    dy, dx = torch.randint(-shift, shift + 1, (2, count), generator=generator)
     flip = torch.rand(count, generator=generator) < 0.5
     column = torch.arange(width).expand(count, width)
     column = torch.where(flip[:, None], width - 1 - column, column) + dx[:, None]
     row = torch.arange(height)[None] + dy[:, None]
-    padded = torch.nn.functional.pad(images, (SHIFT,) * 4).permute(0, 2, 3, 1)
+    padded = torch.nn.functional.pad(images, (shift,) * 4).permute(0, 2, 3, 1)
     image = torch.arange(count)[:, None, None]
-    moved = padded[image, (row + SHIFT)[:, :, None], (column + SHIFT)[:, None, :]]
+    moved = padded[image, (row + shift)[:, :, None], (column + shift)[:, None, :]]
     return moved.permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
 class FolderSplit:
-    """A split of images in one folder a class, as ImageNet is kept, read by worker processes."""
+    """A split of images in one folder a class, as ImageNet is kept, read by worker processes.
 
-    def __init__(self, folder: Path, train: bool, size: int = 224):
+    The `samples`, paths and labels, are interleaved by class, so that every head and tail holds the classes in
+    proportion. Training images are cropped and flipped by a seed of their own; other batches hold the middle of each
+    image, and where all of these take no more than `HELD` bytes they are decoded once and kept in the cache.
+    """
+
+    folder: Path
+    samples: tuple[tuple[str, int], ...]
+    classes: int
+    channels = 3
+    mean = 255 * torch.tensor([0.485, 0.456, 0.406])[None, :, None, None]  # those of torchvision's networks
+    std = 255 * torch.tensor([0.229, 0.224, 0.225])[None, :, None, None]
+
+    @classmethod
+    def of(cls, folder: Path) -> "FolderSplit":
+        """All images of a folder; `KureError` if it is missing or has no classes."""
         if not folder.is_dir():
             raise KureError(f"There is no ImageNet split at {folder}: set KURE_IMAGENET to the folder that "
                             "holds train/ and val/, each with one folder a class.")  # fmt: skip
-        augmented = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        central = [v2.Resize(256), v2.CenterCrop(size)]
-        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        normalize = v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
         try:
-            transform = v2.Compose([*(augmented if train else central), *to_tensor, normalize])
-            self.dataset = datasets.ImageFolder(folder, transform)
+            found = datasets.ImageFolder(folder)
         except FileNotFoundError as error:
             raise KureError(f"{folder} does not hold images in one folder a class ({error}).") from error
-        self.classes, self.channels = len(self.dataset.classes), 3
+        order = pictures.interleaved(found.targets)
+        return cls(folder, tuple(found.samples[i] for i in order), len(found.classes))
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the sorted paths within the folder and the sizes of the files."""
+        return pictures.listing(self.folder, [Path(path) for path, _ in self.samples])
 
     def head(self, size: int | None) -> "FolderSplit":
-        """The first `size` images of the folder, or all of them."""
-        if size is not None:
-            self.dataset.samples = self.dataset.imgs = self.dataset.samples[:size]
-        return self
+        """The first `size` images, or all of them."""
+        return replace(self, samples=self.samples[:size])
+
+    def parted(self, last: int) -> tuple["FolderSplit", "FolderSplit"]:
+        """All but the `last` images, and these."""
+        cut = len(self) - last
+        return self.head(cut), replace(self, samples=self.samples[cut:])
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of float32 images and their labels; with a generator in random order, cropped and flipped.
+
+        They do not depend on the number of worker processes. Only full batches are used for training.
+        """
+        if generator is None and len(self) * self.channels * CROP**2 <= HELD:
+            yield from self._decoded.batches(size)
+            return
+        order, seeds = list(range(len(self))), [None] * len(self)
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator).tolist()
+            seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
         loader = torch.utils.data.DataLoader(
-            self.dataset, size, shuffle=generator is not None, generator=generator,
+            _Pictures(self.samples), size, sampler=list(zip(order, seeds, strict=True)),
             drop_last=generator is not None and len(self) >= size,
-            num_workers=min(os.cpu_count() or 1, 16), pin_memory=torch.cuda.is_available(),
+            num_workers=_readers(), generator=torch.Generator(),
         )  # fmt: skip
         for images, labels in loader:
-            yield images.contiguous(memory_format=torch.channels_last), labels
+            images = images.to(torch.float32, memory_format=torch.channels_last)
+            yield images.sub_(self.mean).div_(self.std), labels
+
+    @cached_property
+    def _decoded(self) -> TensorSplit:
+        paths, labels = [Path(path) for path, _ in self.samples], [label for _, label in self.samples]
+        images = pictures.decoded(self.folder.name, paths, labels, CROP, _middle)
+        return TensorSplit(images, torch.tensor(labels), self.classes, self.mean, self.std)
 
     def steps_per_epoch(self, size: int) -> int:
         return max(len(self) // size, 1)
+
+
+_middle = v2.Compose([v2.Resize(256), v2.CenterCrop(CROP)])
+_augmented = v2.Compose([v2.RandomResizedCrop(CROP), v2.RandomHorizontalFlip()])
+
+
+def _readers() -> int:
+    """The number of processes that read pictures."""
+    return min(os.cpu_count() or 1, 16)
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """Pictures uint8 [3, H, W] and their labels: the middle, or with a seed what the augmentation makes of it."""
+
+    def __init__(self, samples: tuple[tuple[str, int], ...]):
+        self.samples = samples
+
+    def __getitem__(self, wanted: tuple[int, int | None]) -> tuple[Tensor, int]:
+        index, seed = wanted
+        path, label = self.samples[index]
+        image = pictures.picture(Path(path))
+        if seed is None:
+            return v2.functional.pil_to_tensor(_middle(image)), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return v2.functional.pil_to_tensor(_augmented(image)), label
 
 
 Split = TensorSplit | FolderSplit
 
 
 def load(name: str, split: str) -> Split:
-    """The `train` or `test` split of `fashion_mnist`, `cifar10` or `imagenet`.
+    """The `train` or `test` split of a data set, a name in `SOURCES`.
 
     Raises `KureError` for an unknown name and for data that are missing or damaged.
     """
     check_known("data set", name, SOURCES)
     check_known("split", split, ("train", "test"))
-    return SOURCES[name](split == "train")
+    return SOURCES[name].read(split == "train")
+
+
+def identity(name: str) -> dict[str, Any]:
+    """What a record keeps of the data it is made on: name, number of classes, and the fingerprint of both splits."""
+    train, test = load(name, "train"), load(name, "test")
+    return {"data": name, "classes": train.classes,
+            "train_sha256": train.fingerprint, "test_sha256": test.fingerprint}  # fmt: skip
 
 
 def _normalized(train: datasets.VisionDataset, wanted: datasets.VisionDataset) -> TensorSplit:
@@ -164,16 +248,64 @@ def _cifar10(train: bool) -> TensorSplit:
                         "cifar-10-batches-py/, as its authors ship it.") from error  # fmt: skip
 
 
+def _tiny_imagenet(train: bool) -> TensorSplit:
+    return _read_tiny_imagenet(Path(os.environ.get("KURE_TINY_IMAGENET", DATA / "tiny-imagenet-200")), train)
+
+
+@cache
+def _read_tiny_imagenet(root: Path, train: bool) -> TensorSplit:
+    paths, labels, classes = tiny_imagenet.files(root, train)
+    published = SOURCES["tiny_imagenet"]
+    wanted = published.training_images if train else published.test_images
+    if classes == published.classes and len(paths) != wanted:
+        raise KureError(f"{root / ('train' if train else 'val')} holds {len(paths):,} pictures of {classes} classes, "
+                        f"not the {wanted:,} that were published: restore it.")  # fmt: skip
+    images = pictures.decoded(f"tiny_imagenet-{'train' if train else 'test'}", paths, labels, tiny_imagenet.SIDE)
+    if train:
+        mean, std = _statistics(images)
+    else:
+        reference = _read_tiny_imagenet(root, True)
+        mean, std = reference.mean, reference.std
+    return TensorSplit(images, torch.tensor(labels), classes, mean, std, LARGE_SHIFT)
+
+
+def _statistics(images: Tensor, chunk: int = 2**20) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [1, C, 1, 1] of the bytes of every channel, from exact sums over chunks of pixels."""
+    pixels = images.permute(0, 2, 3, 1).flatten(0, 2)  # [N, C], as they lie in memory
+    total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
+    for part in pixels.split(chunk):
+        part = part.double()
+        total, squares = total + part.sum(0), squares + part.square().sum(0)
+    mean = total / len(pixels)
+    std = ((squares / len(pixels) - mean**2) * len(pixels) / (len(pixels) - 1)).sqrt()
+    return mean.float()[None, :, None, None], std.float()[None, :, None, None]
+
+
 def _imagenet(train: bool) -> FolderSplit:
     root = Path(os.environ.get("KURE_IMAGENET", DATA / "imagenet"))
-    return FolderSplit(root / ("train" if train else "val"), train)
+    return _read_folder(root / ("train" if train else "val"))
 
 
-#: Data sets by name, each giving its training or its test images.
-SOURCES: dict[str, Callable[[bool], Split]] = {
-    "fashion_mnist": _fashion_mnist,
-    "cifar10": _cifar10,
-    "imagenet": _imagenet,
+@cache
+def _read_folder(folder: Path) -> FolderSplit:
+    return FolderSplit.of(folder)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: what reads its training or its test images, and how many were published."""
+
+    read: Callable[[bool], Split]
+    training_images: int
+    test_images: int
+    classes: int
+
+
+SOURCES = {
+    "fashion_mnist": Source(_fashion_mnist, 60_000, 10_000, 10),
+    "cifar10": Source(_cifar10, 50_000, 10_000, 10),
+    "tiny_imagenet": Source(_tiny_imagenet, 100_000, 10_000, 200),
+    "imagenet": Source(_imagenet, 1_281_167, 50_000, 1000),
 }
 
 
@@ -182,7 +314,7 @@ def unpack_fashion_mnist(source: Path = DATA) -> Path:
 
     Raises `KureError` naming the file if one is missing or is not the published one.
     """
-    cache_folder = Path(os.environ.get("KURE_CACHE", Path.home() / ".cache" / "kure_lib"))
+    cache_folder = pictures.cache()
     raw = cache_folder / "FashionMNIST" / "raw"
     for line in _read(source / "SHA256SUMS").decode().splitlines():
         digest, name = line.split()

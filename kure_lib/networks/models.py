@@ -62,15 +62,24 @@ def mobilenet_v2_050(channels: int, classes: int) -> nn.Module:
     nn.init.kaiming_normal_(model.features[0][0].weight, mode="fan_out")
     depthwise = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
     [m for m in depthwise.values() if m.stride == (2, 2)][-1].stride = (1, 1)
-    for name, layer in depthwise.items():
-        model.set_submodule(name, DepthwiseConv2d(layer))
-    model.features.append(DenseGradient())
-    return model
+    return _with_fast_kernels(model)
 
 
 def _torchvision(name: str) -> Callable[[int, int], nn.Module]:
     """torchvision's own architecture, for color images and any number of classes."""
-    return lambda channels, classes: torchvision_models.get_model(name, num_classes=classes)
+    return lambda channels, classes: _with_fast_kernels(torchvision_models.get_model(name, num_classes=classes))
+
+
+def _with_fast_kernels(model: nn.Module) -> nn.Module:
+    """One of torchvision's networks that trains faster; its results and the names in its state dict stay."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            model.set_submodule(name, DepthwiseConv2d(layer))
+    if hasattr(model, "avgpool"):
+        model.avgpool = nn.Sequential(DenseGradient(), model.avgpool)
+    else:  # MobileNet-V2 takes the mean in its forward pass
+        model.features.append(DenseGradient())
+    return model
 
 
 #: Networks by name, each made for images of so many channels and for so many classes.

@@ -91,8 +91,21 @@ class Record(Frozen):
         return safetensors.torch.load(content)
 
     def network(self, folded: bool = False) -> nn.Module:
-        """The trained network in evaluation mode, with `folded` batch norms if asked; the same object every time."""
+        """The trained network in evaluation mode, with `folded` batch norms if asked; the same object every time.
+
+        Raises `KureError` if the data are not those that the record was made on.
+        """
+        self.check_data()
         return _network(self, folded)
+
+    def check_data(self) -> None:
+        """Raise `KureError` if the data that are here are not those that the record names; old records name none."""
+        here = data.identity(self.config.data)
+        made = {name: self.provenance.get(name) for name in here}
+        if made != here and any(made.values()):
+            raise KureError(f"The record {record_path(self.config)} was made on {_said(made)}, and here is "
+                            f"{_said(here)}: bring back those data, or delete the record to train the run again."
+                            )  # fmt: skip
 
     def __eq__(self, other: object) -> bool:  # field by field would compare weights that were read
         return isinstance(other, Record) and (self.key, self.weights_sha256) == (other.key, other.weights_sha256)
@@ -186,3 +199,9 @@ def locked(config: RunConfig, wait: float = 0) -> Iterator[None]:
     except Timeout:
         raise KureError(f"Another process is working on {config.label} (it holds {path}): wait until it is done, "
                         "or stop it.") from None  # fmt: skip
+
+
+def _said(identity: dict[str, Any]) -> str:
+    """The data that a record names, in words."""
+    train, test = (str(identity[name])[:12] for name in ("train_sha256", "test_sha256"))
+    return f"{identity['data']} with {identity['classes']} classes (SHA-256 of training {train}, of test {test})"

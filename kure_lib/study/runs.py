@@ -14,7 +14,7 @@ import safetensors.torch
 from torch import nn
 
 from kure_lib.files import write_atomically
-from kure_lib.networks import device, evaluation
+from kure_lib.networks import data, device, evaluation
 from kure_lib.networks.evaluation import Evaluation
 from kure_lib.networks.layers import quantized_layers, regularized_layers
 from kure_lib.paths import KureError, checking
@@ -52,7 +52,11 @@ def get(config: RunConfig, on_epoch: Callable[[int, dict[str, float]], None] = l
             f"There is no record of {config.label} ({record_path(config)}): nothing is trained in check mode; run the "
             "study without it first."
         )
-    start = get(config.start, on_epoch).weights if config.start else None
+    start = None
+    if config.start:
+        first = get(config.start, on_epoch)
+        first.check_data()
+        start = first.weights
     checkpoint = checkpoint_path(config)
     with locked(config):
         if record := find(config):  # finished by another process in the meantime
@@ -62,7 +66,8 @@ def get(config: RunConfig, on_epoch: Callable[[int, dict[str, float]], None] = l
         write_atomically(weights_path(config), content)
         record = Record(
             key=config.key, config=config, **trained.model_dump(), layers=_summaries(model),
-            weights_sha256=hashlib.sha256(content).hexdigest(), provenance=device.provenance(),
+            weights_sha256=hashlib.sha256(content).hexdigest(),
+            provenance=device.provenance() | data.identity(config.data),
         )  # fmt: skip
         write(record)
         checkpoint.unlink(missing_ok=True)
@@ -72,8 +77,8 @@ def get(config: RunConfig, on_epoch: Callable[[int, dict[str, float]], None] = l
 def evaluate(record: Record, spec: QuantizationSpec = FULL_PRECISION) -> Evaluation:
     """Top-1 accuracy in percent and loss in nats on the test images, quantized as `spec` says; kept in the record.
 
-    Raises `KureError` for a quantizer that the run was not trained with, for a loss that is not finite, and in check
-    mode for what was not evaluated.
+    Raises `KureError` for a quantizer that the run was not trained with, where the data are not those it was made on,
+    for a loss that is not finite, and in check mode for what was not evaluated.
     """
     if spec.key in record.evaluations:
         return record.evaluations[spec.key]

@@ -78,7 +78,7 @@ def fit(
     if start is not None:
         model.load_state_dict(start)
     model.to(device.device())
-    images, _ = next(train.batches(config.batch_size))
+    images, _ = next(train.head(config.batch_size).batches(config.batch_size))
     method = methods.build(model, config, images.to(device.device()))
     optimizer = _optimizer(config, model, method)
     schedule = _schedule(config, optimizer, train.steps_per_epoch(config.batch_size))
@@ -115,7 +115,6 @@ def splits(config: RunConfig) -> tuple[data.Split, data.Split]:
     if not config.held_out:
         test = data.load(config.data, "test").head(config.train_size)
     else:
-        assert isinstance(train, data.TensorSplit)  # `RunConfig` refuses to hold out images of a folder
         train, test = train.parted(config.held_out)
     return train.head(config.train_size), test
 

@@ -1,5 +1,6 @@
 """Data sets in their files' own formats, damaged files, and augmentation image by image."""
 
+import dataclasses
 import gzip
 import hashlib
 import pickle
@@ -12,7 +13,9 @@ from PIL import Image
 from torchvision import datasets
 
 from kure_lib.networks import data
+from kure_lib.networks import pictures as pictures_module
 from kure_lib.networks.data import DATA, TensorSplit, augment
+from kure_lib.networks.pictures import interleaved
 from kure_lib.paths import KureError
 
 
@@ -114,7 +117,10 @@ def test_a_damaged_unpacked_file_is_unpacked_again(copied_data, damage):
 
 @pytest.mark.parametrize(
     ("name", "split", "said"),
-    [("mnist", "train", "'mnist'.*fashion_mnist, cifar10, imagenet"), ("fashion_mnist", "val", "'val'.*train, test")],
+    [
+        ("mnist", "train", "'mnist'.*fashion_mnist, cifar10, tiny_imagenet, imagenet"),
+        ("fashion_mnist", "val", "'val'.*train, test"),
+    ],
 )
 def test_unknown_names_are_told_the_known_ones(name, split, said):
     with pytest.raises(KureError, match=said):
@@ -200,7 +206,7 @@ def test_imagenet_is_read_from_its_folders(tiny_imagenet):
     (first, labels), (second, more) = split.batches(4)
     assert first.shape == (4, 3, 224, 224) and second.shape == (2, 3, 224, 224)
     assert first.is_contiguous(memory_format=torch.channels_last)
-    assert [*labels.tolist(), *more.tolist()] == [0, 0, 0, 1, 1, 1]
+    assert [*labels.tolist(), *more.tolist()] == [0, 1, 0, 1, 0, 1]
     # torchvision's evaluation: the shorter side to 256, the middle 224, normalized
     picture = Image.open(tiny_imagenet / "val" / "n01440764" / "n01440764_0.JPEG").resize((320, 256), Image.BILINEAR)
     middle = np.asarray(picture, dtype=np.float32)[16:240, 48:272] / 255
@@ -215,10 +221,195 @@ def test_imagenet_training_batches_are_full_and_follow_the_generator(tiny_imagen
     assert torch.equal(one[0][0], other[0][0]) and torch.equal(one[0][1], other[0][1])
 
 
-def test_the_head_of_imagenet_is_the_first_images(tiny_imagenet):
-    split = data.load("imagenet", "test").head(4)
-    assert len(split) == 4
-    assert torch.cat([labels for _, labels in split.batches(3)]).tolist() == [0, 0, 0, 1]
+def test_head_and_tail_of_imagenet_hold_every_class_and_are_not_augmented(tiny_imagenet):
+    split = data.load("imagenet", "train")
+    rest, last = split.parted(2)
+    for part, size in ((split.head(4), 4), (rest, 4), (last, 2)):
+        assert len(part) == size
+        assert torch.cat([labels for _, labels in part.batches(3)]).tolist() == [0, 1] * (size // 2)
+    assert len(split) == len(split.head(None)) == 6, "the split itself stays"
+    one, other = (next(split.head(4).batches(4))[0] for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(next(split.batches(6))[0][:4], one)
+
+
+@pytest.mark.parametrize("held", [data.HELD, 0])
+def test_images_that_do_not_fit_are_streamed_to_the_same_batches(tiny_imagenet, monkeypatch, held):
+    split = data.load("imagenet", "test")
+    wanted = list(split.batches(4))
+    monkeypatch.setattr(data, "HELD", held)
+    for (images, labels), (others, more) in zip(wanted, split.batches(4), strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, more)
+
+
+def test_augmentation_does_not_depend_on_the_number_of_workers(tiny_imagenet, monkeypatch):
+    split, batches = data.load("imagenet", "train"), []
+    for workers in (0, 1, 3):
+        monkeypatch.setattr(data, "_readers", lambda count=workers: count)
+        torch.manual_seed(workers)
+        batches.append(list(split.batches(2, torch.Generator().manual_seed(5))))
+    for other in batches[1:]:
+        assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(batches[0], other, strict=True))
+    again = next(split.batches(2, torch.Generator().manual_seed(6)))[0]
+    assert not torch.equal(again, batches[0][0][0])
+
+
+def test_the_fingerprint_of_a_folder_is_of_paths_and_sizes(tiny_imagenet):
+    split = data.load("imagenet", "test")
+    files = sorted((tiny_imagenet / "val").rglob("*.JPEG"))
+    lines = [f"{file.relative_to(tiny_imagenet / 'val')}\t{file.stat().st_size}" for file in files]
+    assert split.fingerprint == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert split.head(4).fingerprint != split.fingerprint
+
+
+def test_classes_of_unequal_size_are_spread_over_the_whole_order():
+    labels = [0] * 10 + [1] * 30
+    order = interleaved(labels)
+    assert sorted(order) == list(range(40))
+    for part in (order[:20], order[20:], order[-8:]):
+        assert sum(labels[i] == 0 for i in part) == len(part) / 4
+
+
+# Tiny ImageNet
+
+
+NAMES = ("n02", "n01", "n03")  # not sorted, as in the published file
+
+
+def write_tiny_imagenet(root, each=4, names=NAMES):
+    """A folder as its authors ship it, with a few pictures; the first of a class is grey."""
+    rng = np.random.default_rng(len(names))
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("".join(f"{name}\n" for name in names))
+    lines = []
+    for name in names:
+        folder = root / "train" / name / "images"
+        folder.mkdir(parents=True)
+        for i in range(each):
+            shape = (64, 64) if i == 0 else (64, 64, 3)
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{name}_{i}.JPEG")
+        for i in range(2):
+            file = f"val_{2 * names.index(name) + i}.JPEG"
+            Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / "val" / "images" / file)
+            lines.append(f"{file}\t{name}\t0\t0\t9\t9\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(reversed(lines)))
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    root = tmp_path / "tiny"
+    write_tiny_imagenet(root)
+    monkeypatch.setenv("KURE_TINY_IMAGENET", str(root))
+    monkeypatch.setenv("KURE_CACHE", str(tmp_path / "cache"))
+    data._read_tiny_imagenet.cache_clear()
+    return root
+
+
+def by_hand(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_tiny_imagenet_is_read_as_its_authors_ship_it(small):
+    train, test = data.load("tiny_imagenet", "train"), data.load("tiny_imagenet", "test")
+    assert (train.classes, train.channels, len(train), len(test), train.shift) == (3, 3, 12, 6, 4)
+    assert train.labels.tolist() == [0, 1, 2] * 4, "the first image of each class, then the second"
+    pictures = [by_hand(small / "train" / n / "images" / f"{n}_{i}.JPEG") for i in range(4) for n in sorted(NAMES)]
+    assert np.array_equal(train.images.permute(0, 2, 3, 1), pictures)
+    assert train.images.is_contiguous(memory_format=torch.channels_last)
+    kinds = dict(line.split("\t")[:2] for line in (small / "val" / "val_annotations.txt").read_text().splitlines())
+    shown = [by_hand(small / "val" / "images" / name) for name in kinds]
+    seen = {image.numpy().tobytes(): sorted(NAMES)[label] for image, label in
+            zip(test.images.permute(0, 2, 3, 1).contiguous(), test.labels, strict=True)}  # fmt: skip
+    assert [seen[image.tobytes()] for image in shown] == list(kinds.values())
+    numbers = np.stack(pictures).astype(float)
+    for split in (train, test):
+        np.testing.assert_allclose(split.mean.flatten(), numbers.mean((0, 1, 2)), rtol=1e-6)
+        np.testing.assert_allclose(split.std.flatten(), numbers.reshape(-1, 3).std(0, ddof=1), rtol=1e-6)
+    digest = hashlib.sha256(np.stack(pictures).tobytes() + train.labels.numpy().tobytes())
+    assert train.fingerprint == digest.hexdigest()
+
+
+def test_a_cached_tensor_is_used_again_and_a_damaged_one_is_not(small, tmp_path, monkeypatch):
+    wanted = data.load("tiny_imagenet", "train").images.clone()
+    opened = []
+    read = pictures_module.picture
+    monkeypatch.setattr(pictures_module, "picture", lambda path: opened.append(path) or read(path))
+
+    def load():
+        opened.clear()
+        data._read_tiny_imagenet.cache_clear()
+        return data.load("tiny_imagenet", "train").images
+
+    assert torch.equal(load(), wanted) and not opened
+    (kept,) = (tmp_path / "cache").glob("tiny_imagenet-train-*.bin")
+    whole = kept.read_bytes()
+    for damage in (whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
+        kept.write_bytes(damage)
+        assert torch.equal(load(), wanted) and len(opened) == 12
+        assert kept.read_bytes() == whole
+    one = small / "train" / "n01" / "images" / "n01_1.JPEG"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(one)
+    assert not torch.equal(load(), wanted) and len(opened) == 12, "another picture is another folder"
+
+
+def resized(root):
+    Image.new("RGB", (64, 32)).save(root / "train" / "n01" / "images" / "n01_0.JPEG")
+
+
+def annotate(old, new):
+    def change(root):
+        file = root / "val" / "val_annotations.txt"
+        file.write_text(file.read_text().replace(old, new, 1))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda root: shutil.rmtree(root), "There is no Tiny ImageNet at .*: set KURE_TINY_IMAGENET"),
+        (lambda root: (root / "wnids.txt").write_text("n01\n"), "wnids.txt must name two classes or more"),
+        (lambda root: shutil.rmtree(root / "train" / "n02"), "The class n02 of wnids.txt has no pictures"),
+        (lambda root: (root / "train" / "n04").mkdir(), "does not name the class of .*n04"),
+        (lambda root: (root / "train/n02/images/n02_3.JPEG").unlink(), "n02 holds 3 pictures, the other classes 4"),
+        (lambda root: (root / "train/n02/images/n02_3.JPEG").write_bytes(b"no"), "n02_3.JPEG cannot be read"),
+        (resized, "n01_0.JPEG has 64×32 pixels, not 64×64"),
+        (annotate("\tn03\t", "\tn99\t"), "gives val_5.JPEG the class 'n99', which wnids.txt does not name"),
+        (annotate("val_5.JPEG", "val_77.JPEG"), "names val_77.JPEG, which is not in"),
+        (annotate("val_5.JPEG\tn03\t0\t0\t9\t9\n", ""), "does not name the picture .*val_5.JPEG"),
+        (annotate("val_5.JPEG", "val_4.JPEG"), "names val_4.JPEG twice"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_tiny_imagenet_is_one_sentence(small, fault, said):
+    fault(small)
+    with pytest.raises(KureError, match=said) as raised:
+        data.load("tiny_imagenet", "test")
+    assert "\n" not in str(raised.value)
+
+
+def test_the_published_folder_must_be_whole(small, monkeypatch):
+    published = dataclasses.replace(data.SOURCES["tiny_imagenet"], classes=3, training_images=15)
+    monkeypatch.setitem(data.SOURCES, "tiny_imagenet", published)
+    with pytest.raises(KureError, match="train holds 12 pictures of 3 classes, not the 15 that were published"):
+        data.load("tiny_imagenet", "train")
+
+
+def test_training_images_of_tiny_imagenet_move_by_four_pixels():
+    images = numbered(100, size=12).images
+    shifts = set()
+    for image, new in zip(images.numpy(), augment(images, torch.Generator().manual_seed(0), 4).numpy(), strict=True):
+        ways = [(flip, y, x) for flip in (False, True) for y in range(-4, 5) for x in range(-4, 5)]
+        (way,) = [way for way in ways if np.array_equal(moved(image, *way), new)]
+        shifts |= {way[1], way[2]}
+    assert shifts == set(range(-4, 5))
+
+
+def test_the_fingerprint_of_fashion_mnist_is_of_its_bytes(train):
+    digest = hashlib.sha256(read_idx("train-images-idx3-ubyte.gz").tobytes())
+    digest.update(read_idx("train-labels-idx1-ubyte.gz").astype(np.int64).tobytes())
+    assert train.fingerprint == digest.hexdigest()
+    identity = data.identity("fashion_mnist")
+    assert (identity["data"], identity["classes"], identity["train_sha256"]) == ("fashion_mnist", 10, train.fingerprint)
 
 
 def test_missing_imagenet_names_the_folder_and_the_variable(tmp_path, monkeypatch):

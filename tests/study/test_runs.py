@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import same_weights
+from PIL import Image
 from scipy.stats import kurtosis as scipy_kurtosis
 
 from kure_lib.networks import data, device, evaluation
@@ -389,3 +390,85 @@ def test_a_network_of_the_study_has_the_accuracy_on_record(study_results):
         result = evaluation.evaluate(record.network(), data.load("fashion_mnist", "test"))
     assert result.top1 == pytest.approx(record.curves["test_top1"][-1], abs=0.3)
     assert torch.isfinite(torch.tensor(result.loss))
+
+
+# Other data
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Makes a folder in the form of Tiny ImageNet, with so many classes, and the source that is read."""
+    monkeypatch.setenv("KURE_CACHE", str(tmp_path / "cache"))
+
+    def write(name, classes, each=4, seed=0):
+        root, rng = tmp_path / name, np.random.default_rng(seed)
+        names, lines = [f"n{i:02}" for i in range(classes)], []
+        (root / "val" / "images").mkdir(parents=True)
+        (root / "wnids.txt").write_text("\n".join(names))
+        for label, kind in enumerate(names):
+            folder = root / "train" / kind / "images"
+            folder.mkdir(parents=True)
+            targets = [folder / f"{kind}_{i}.JPEG" for i in range(each)]
+            lines.append(f"val_{label}.JPEG\t{kind}\t0\t0\t63\t63\n")
+            for target in [*targets, root / "val" / "images" / f"val_{label}.JPEG"]:
+                Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(target)
+        (root / "val" / "val_annotations.txt").write_text("".join(lines))
+        monkeypatch.setenv("KURE_TINY_IMAGENET", str(root))
+
+    write("first", classes=3)
+    return write
+
+
+LARGE = {"model": "resnet18", "data": "tiny_imagenet", "learning_rate": 0.01, "weight_decay": 2e-4, "batch_size": 6}
+
+
+def test_a_large_network_is_trained_resumed_and_evaluated_on_pictures(pictures, monkeypatch):
+    config = RunConfig(**LARGE, epochs=2)
+    seen = []
+
+    def stop(epoch, values):
+        seen.append(epoch)
+        if len(seen) == 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        runs.get(config, stop)
+    record = runs.get(config, stop)
+    assert seen == [1, 2], "two steps an epoch, the second in another call"
+    assert data.identity("tiny_imagenet").items() <= record.provenance.items()
+    assert record.provenance["classes"] == 3 and len(record.provenance["train_sha256"]) == 64
+    assert record == runs.find(config) and record.weights["fc.weight"].shape == (3, 512)
+    uninterrupted, _ = training.fit(config)
+    assert same_weights(uninterrupted.state_dict(), record.weights)
+    result = runs.evaluate(runs.find(config))
+    assert result.loss == pytest.approx(record.curves["test_loss"][-1], rel=1e-4)
+    assert runs.evaluate(record, QuantizationSpec(weight_bits=4, activation_bits=4, calibration=6)).loss > 0
+
+
+def test_a_record_is_not_used_on_other_data(pictures, monkeypatch):
+    config = RunConfig(**LARGE, epochs=0)
+    record = runs.get(config)
+    first = runs.evaluate(record)
+    pictures("second", classes=4)
+    found = runs.find(config)
+    assert runs.evaluate(found) == first, "what is on record is read"
+    said = f"{records.record_path(config)} was made on tiny_imagenet with 3 classes .* here is .* with 4 classes"
+    with pytest.raises(KureError, match=said):
+        runs.evaluate(found, FOUR)
+    with pytest.raises(KureError, match=said):
+        runs.get(RunConfig(**LARGE, epochs=1, start=config))
+    pictures("third", classes=3, seed=1)
+    with pytest.raises(KureError, match="was made on tiny_imagenet with 3 classes"):
+        runs.evaluate(found, FOUR)
+    monkeypatch.setenv("KURE_TINY_IMAGENET", "/nowhere")
+    assert runs.evaluate(runs.get(config)) == first, "without any images too"
+
+
+def test_an_old_record_that_names_no_data_is_used(files, config):
+    path, _ = files
+    content = json.loads(path.read_bytes())
+    for name in data.identity("fashion_mnist"):
+        del content["provenance"][name]
+    content["evaluations"] = {}
+    path.write_text(json.dumps(content))
+    assert runs.evaluate(runs.find(config)).top1 >= 0

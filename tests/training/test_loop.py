@@ -109,7 +109,6 @@ def test_a_misspelled_or_impossible_field_is_an_error(change):
         ({"rival": {"name": "dropout", "strength": 1}}, "Unknown rival 'dropout': choose one of gradient_l1, "),
         ({"regularizer": {"reduction": "median"}}, "Unknown reduction 'median': choose one of mean, sum, max."),
         ({"regularizer": {"of": "activations", "per_channel": True}}, "leave the other options out"),
-        ({"data": "imagenet", "held_out": 5}, "leave held_out out"),
         ({"rival": {"name": "sam", "strength": 1}, "quantization": {"quantizer": "lsq", "weight_bits": 4,
           "activation_bits": 4}}, "leave quantization out"),
     ],
