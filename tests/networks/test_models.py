@@ -1,11 +1,13 @@
 """Architectures by their counts, and the depthwise layer against PyTorch's own in float32."""
 
+import hashlib
+
 import pytest
 import torch
 from torch import nn
 from torchvision import models as torchvision_models
 
-from kure_lib.networks import activations, models
+from kure_lib.networks import activations, models, published
 from kure_lib.networks.models import DenseGradient, DepthwiseConv2d
 from kure_lib.paths import KureError
 
@@ -112,20 +114,15 @@ def test_the_imagenet_networks_compute_what_torchvisions_compute(name):
 
 
 @pytest.mark.parametrize("name", models.IMAGENET)
-def test_published_weights_are_loaded_by_their_names(name, monkeypatch):
-    """Without a download: what torchvision would make of its weights is a network of its own."""
+def test_published_weights_are_loaded_by_their_names(name, tmp_path, monkeypatch):
+    """Without a download: weights of one's own stand in the named folder, with their SHA-256 beside them."""
     torch.manual_seed(1)
-    published = torchvision_models.get_model(name, weights=None)
-    wanted = {key: value.clone() for key, value in published.state_dict().items()}
-    asked = []
-
-    def get_model(name, weights):
-        asked.append(weights)
-        return published
-
-    monkeypatch.setattr(torchvision_models, "get_model", get_model)
+    wanted = torchvision_models.get_model(name, weights=None).state_dict()
+    file = tmp_path / f"{name}-{published.DIGITS[name]}.pth"
+    torch.save(wanted, file)
+    (tmp_path / "SHA256SUMS").write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n")
+    monkeypatch.setenv("KURE_WEIGHTS", str(tmp_path))
     found = models.build(name, 3, 1000, pretrained=True).state_dict()
-    assert asked == [torchvision_models.get_model_weights(name).IMAGENET1K_V1]
     assert list(found) == list(wanted) and all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
