@@ -41,10 +41,10 @@ RULE = (
 )
 CHANCE = (
     "Intervals are Student intervals over seeds, of differences paired by seed, that hold at 95 % for all settings of "
-    "a claim at once (Šidák); a single seed has none and decides nothing."
+    "a claim at once (Šidák), and so are wider than those in tables and figures, each of which holds for one setting. "
+    "A single seed has none and decides nothing."
 )
 LEVEL = 0.95  # that all intervals of a claim cover at once: each of k settings has level 0.95^(1/k) (Šidák 1967)
-SHOWN = 24  # settings printed in a notebook; the file of the verdict has all
 BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
 
 
@@ -79,17 +79,19 @@ def claims() -> dict[str, Claim]:
     >>> claims()["S3"].notebooks
     ('06_step_size_robustness',)
     """
-    text = Path(__file__).with_name("claims.toml").read_text(encoding="utf-8")
     return {
         id: Claim(id=id, **{**fields, "notebooks": tuple(fields["notebooks"])})
-        for id, fields in tomllib.loads(text)["claims"].items()
+        for id, fields in _toml()["claims"].items()
     }
 
 
 def changed_after_looking() -> list[str]:
     """Every change of a rule, a margin or an effect that was made after a look at the data it decides."""
-    text = Path(__file__).with_name("claims.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)["changed_after_looking"]
+    return _toml()["changed_after_looking"]
+
+
+def _toml() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))
 
 
 def rules(stem: str) -> str:
@@ -101,7 +103,7 @@ def rules(stem: str) -> str:
     check_known("notebook with claims", stem, sorted({stem for claim in claims().values() for stem in claim.notebooks}))
     lines = ["**What is judged here, and by which rule**", ""]
     for claim in judged:
-        margin = f"margin {claim.margin:g} {claim.unit}" + (f" ({claim.reason})" if claim.reason else "")
+        margin = f"margin {claim.margin:g}, in {claim.unit}" + (f" ({claim.reason})" if claim.reason else "")
         lines.append(f"- **{claim.id}** {claim.statement} ({claim.source}) *{claim.effect}*; {margin}; `{claim.kind}`.")
     lines += ["", *(f"`{kind}`: {KINDS[kind]}" for kind in KINDS if kind in {claim.kind for claim in judged})]
     if {claim.kind for claim in judged} != {"exact"}:
@@ -207,16 +209,16 @@ def judge(id: str, effects: pd.DataFrame, remark: str = "", notebook: str | None
     part = {"remark": " ".join(remark.split()), "effects": rows}
     with _alone(id):
         parts = _read(id).get("parts", {}) | {notebook: part}
-        verdict = _verdict(claim, {stem: parts[stem] for stem in claim.notebooks if stem in parts})
+        verdict, settings = _verdict(claim, {stem: parts[stem] for stem in claim.notebooks if stem in parts})
         files.keep(_file(id), json.dumps(verdict, indent=1, ensure_ascii=False) + "\n")
     print(f"{id} · {verdict['outcome']} · {verdict['evidence']}")
-    settings = pd.DataFrame(verdict["settings"], columns=["setting", "n", "effect", "decision"])
-    if len(settings):
-        print(settings.head(SHOWN).to_string(index=False))
+    if settings:
+        table = pd.DataFrame(settings).assign(effect=[_shown(claim, row) for row in settings])
+        print(table[["setting", "n", "effect", "decision"]].to_string(index=False))
 
 
-def _verdict(claim: Claim, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The verdict on the effects of all notebooks together."""
+def _verdict(claim: Claim, parts: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The verdict on the effects of all notebooks together, as it is kept, and the decided settings."""
     effects = pd.DataFrame([row for part in parts.values() for row in part["effects"]])
     settings = _records(decide(effects, claim.kind, claim.margin)) if len(effects) else []
     found = outcome([row["decision"] for row in settings])
@@ -228,15 +230,15 @@ def _verdict(claim: Claim, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         means = [row["mean"] for row in settings]
         summary += f" Over settings the mean is {fmean(means):+.{_digits(claim)}f} {claim.unit}"
         summary += f", positive in {sum(mean > 0 for mean in means)}."
-    return {
+    verdict = {
         "id": claim.id,
         "outcome": ANSWERS.get(found, found) if claim.is_question else found,
         "decided_by": _decisive(claim, settings, found),
         "evidence": " ".join([summary, *(part["remark"] for part in parts.values() if part["remark"])]),
         "notebook": ", ".join(parts),
-        "settings": [[row["setting"], row["n"], _shown(claim, row), row["decision"]] for row in settings],
         "parts": parts,
     }
+    return verdict, settings
 
 
 def _decisive(claim: Claim, settings: list[dict[str, Any]], found: str) -> str:

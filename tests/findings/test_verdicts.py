@@ -75,7 +75,7 @@ def test_one_number_means_one_notebook_and_existing_ones_have_the_name_used():
 def test_the_rules_of_a_notebook_name_its_claims_margins_and_kinds():
     text = verdicts.rules("06_step_size_robustness")
     assert [id for id in verdicts.claims() if f"**{id}**" in text] == ["S1", "S2", "S3", "V1"]
-    assert text.count("margin 1 points") == 4 and verdicts.KINDS["more"] in text and verdicts.CHANCE in text
+    assert text.count("margin 1, in points;") == 4 and verdicts.KINDS["more"] in text and verdicts.CHANCE in text
     assert verdicts.CHANCE not in verdicts.rules("01_step_size_sensitivity")
     with pytest.raises(KureError, match="Unknown notebook with claims '00_start_here': choose one of 01_"):
         verdicts.rules("00_start_here")
@@ -142,7 +142,6 @@ def test_a_verdict_is_kept_and_printed(results, capsys):
     assert "KURE loses 0.4 points, the control 2.6." in printed and "w3  3 +2.2 ± 0.5 supported" in printed
     verdict = kept(results, "S3")
     assert verdict["outcome"] == "holds" and verdict["decided_by"] == "+2.2 ± 0.5 points (w3)"
-    assert verdict["settings"] == [["w3", 3, "+2.2 ± 0.5", "supported"]]
     assert pd.DataFrame(verdict["parts"]["06_step_size_robustness"]["effects"]).equals(GAIN)
 
 
@@ -202,8 +201,9 @@ def test_the_effects_of_several_notebooks_are_decided_together(results):
     assert kept(results, "Q8")["outcome"] == "no"
     verdicts.judge("Q8", GAIN, "First.", FIRST)
     verdict = kept(results, "Q8")
+    assert "Of 2 settings supported 1, refuted 1, undecided 0." in verdict["evidence"]
     together = verdicts.decide(pd.concat([GAIN, NONE.replace("w3", "tuned")]), "more", 1.0)
-    assert [row[3] for row in verdict["settings"]] == together.decision.tolist() == ["supported", "refuted"]
+    assert all(f"± {half:.1f} points" in verdict["decided_by"] for half in together.half)
     assert verdict["outcome"] == "mixed" and verdict["evidence"].endswith("First. Second.")
     assert verdict["notebook"] == f"{FIRST}, {SECOND}"
     verdicts.judge("Q8", NONE, "Anew.", FIRST)  # replaces its own part alone

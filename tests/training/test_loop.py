@@ -330,7 +330,7 @@ DAMAGES = {
     "no archive": (lambda content: hashlib.sha256(b"no").digest() + b"no", "cannot be used"),
     "of another run": (lambda content: rewritten(content, key="0123456789"), "that of the run 0123456789"),
     "too far": (lambda content: rewritten(content, epoch=99), "cannot have finished 99 of 2 epochs"),
-    "curves": (lambda content: rewritten(content, history={"curves": [1]}), "error for Trained"),
+    "curves": (lambda content: rewritten(content, history={"curves": [1]}), "curves: "),
 }
 
 
