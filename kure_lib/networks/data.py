@@ -293,19 +293,20 @@ def _read_folder(folder: Path) -> FolderSplit:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: what reads its training or its test images, and how many were published."""
+    """A data set: what reads its training or its test images, how many were published, and their color channels."""
 
     read: Callable[[bool], Split]
     training_images: int
     test_images: int
     classes: int
+    channels: int
 
 
 SOURCES = {
-    "fashion_mnist": Source(_fashion_mnist, 60_000, 10_000, 10),
-    "cifar10": Source(_cifar10, 50_000, 10_000, 10),
-    "tiny_imagenet": Source(_tiny_imagenet, 100_000, 10_000, 200),
-    "imagenet": Source(_imagenet, 1_281_167, 50_000, 1000),
+    "fashion_mnist": Source(_fashion_mnist, 60_000, 10_000, 10, 1),
+    "cifar10": Source(_cifar10, 50_000, 10_000, 10, 3),
+    "tiny_imagenet": Source(_tiny_imagenet, 100_000, 10_000, 200, 3),
+    "imagenet": Source(_imagenet, 1_281_167, 50_000, 1000, 3),
 }
 
 

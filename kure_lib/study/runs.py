@@ -91,6 +91,7 @@ def evaluate(record: Record, spec: QuantizationSpec = FULL_PRECISION) -> Evaluat
         kept = find(record.config)
         record.evaluations.update(kept.evaluations if kept else {})
         if spec.key not in record.evaluations:
+            record.check_data()
             _, split = loop.splits(record.config)
             with views.quantized(record, spec) as model:
                 result = evaluation.evaluate(model, split)

@@ -462,6 +462,7 @@ def test_a_record_is_not_used_on_other_data(pictures, monkeypatch):
         runs.evaluate(found, FOUR)
     monkeypatch.setenv("KURE_TINY_IMAGENET", "/nowhere")
     assert runs.evaluate(runs.get(config)) == first, "without any images too"
+    assert runs.find(config).network()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
 def test_an_old_record_that_names_no_data_is_used(files, config):
