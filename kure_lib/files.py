@@ -42,11 +42,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def read_sums(path: Path) -> dict[str, str]:
-    """The SHA-256 of files by name, as `sha256sum` writes them, from a file that exists.
+    """The SHA-256 of files by name, as `sha256sum` writes them.
 
-    Raises `KureError` naming the file if it holds none or anything else.
+    Raises `KureError` naming the file if it is missing, or holds none or anything else.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise KureError(f"{path} is missing ({error.strerror}): restore it.") from None
     found = [re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*)", line) for line in text.splitlines()]
     if not found or not all(found):
         raise KureError(f"{path} is damaged: restore it; every line is a SHA-256 and the name of a file.")

@@ -38,9 +38,11 @@ def available() -> list[str]:
 def select(names: Iterable[str] | None = None) -> list[str]:
     """The notebooks of these numbers, names or files, in reading order; all of them for `None`.
 
-    Raises `KureError` for one that does not exist.
+    Raises `KureError` for one that does not exist, and if there are none at all.
     """
     known = available()
+    if not known:
+        raise KureError(f"There are no notebooks in {paths.NOTEBOOKS}: restore them from the repository.")
     if names is None:
         return known
     wanted = {Path(name).stem for name in names}

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from kure_lib.networks.data import SOURCES
 from kure_lib.networks.models import NETWORKS
+from kure_lib.networks.published import DIGITS
 from kure_lib.paths import KureError, check_known
 from kure_lib.quantization.spec import TRAINED_RULES
 from kure_lib.tensors.grids import Bits
@@ -112,6 +113,11 @@ class RunConfig(Frozen):
     def _check(self) -> "RunConfig":
         if self.rival and self.quantization:
             raise KureError("A rival is compared in full precision: leave quantization out.")
+        if self.pretrained:
+            check_known("network with published weights", self.model, DIGITS)
+        if self.pretrained and self.start:
+            raise KureError("A run begins with published weights or with those of another run: leave pretrained or "
+                            "start out.")  # fmt: skip
         if self.held_out and self.data == "imagenet":
             raise KureError("ImageNet is sorted by class, so its last images cannot be held out: leave held_out out.")
         return self

@@ -110,12 +110,18 @@ def fit(
 
 
 def splits(config: RunConfig) -> tuple[data.Split, data.Split]:
-    """The images a run is trained on, and those it is tested on: test images, or training images held out."""
+    """The images a run is trained on, and those it is tested on: test images, or training images held out.
+
+    Raises `KureError` if none would be left to train on.
+    """
     train = data.load(config.data, "train")
     if not config.held_out:
         test = data.load(config.data, "test").head(config.train_size)
     else:
         assert isinstance(train, data.TensorSplit)  # `RunConfig` refuses to hold out images of a folder
+        if config.held_out >= len(train):
+            raise KureError(f"Of the {len(train)} training images of {config.data}, {config.held_out} cannot be held "
+                            "out: choose a smaller held_out, so that some are left.")  # fmt: skip
         train, test = train.parted(config.held_out)
     return train.head(config.train_size), test
 
