@@ -95,7 +95,7 @@ class RunConfig(Frozen):
     data: Annotated[str, _one_of("data set", SOURCES)] = "fashion_mnist"
     train_size: int | None = Field(None, ge=1)  # only so many of the first images are used, in training and test
     held_out: int = Field(0, ge=0)  # so many of the last training images replace the test images, to choose settings by
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**40)  # the seeds of its epochs are 64-bit numbers made of it
     start: "RunConfig | None" = None  # the run whose weights this one begins with
     pretrained: bool = False  # begins with torchvision's ImageNet weights
     epochs: int = Field(ge=0)
@@ -118,6 +118,10 @@ class RunConfig(Frozen):
         if self.pretrained and self.start:
             raise KureError("A run begins with published weights or with those of another run: leave pretrained or "
                             "start out.")  # fmt: skip
+        if self.start and (self.start.model, self.start.data) != (self.model, self.data):
+            start = f"{self.start.model} on {self.start.data}"
+            raise KureError(f"A {self.model} on {self.data} cannot start from a {start}: take a run of the same "
+                            "network and data.")  # fmt: skip
         if self.held_out and self.data == "imagenet":
             raise KureError("ImageNet is sorted by class, so its last images cannot be held out: leave held_out out.")
         return self

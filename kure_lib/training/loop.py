@@ -76,7 +76,7 @@ def fit(
     torch.manual_seed(config.seed)
     model = models.build(config.model, train.channels, train.classes, config.pretrained)
     if start is not None:
-        model.load_state_dict(start)
+        models.load_weights(model, start, f"that {config.label} starts from")
     model.to(device.device())
     images, _ = next(train.batches(config.batch_size))
     method = methods.build(model, config, images.to(device.device()))

@@ -89,7 +89,8 @@ def test_a_configuration_survives_json():
     "change",
     [
         {"learning_rat": 0.1}, {"learning_rate": 0}, {"learning_rate": "fast"}, {"epochs": -1}, {"weight_decay": -1},
-        {"batch_size": 1}, {"momentum": 1.0}, {"train_size": 0}, {"regularizer": {"lambda": 1}},
+        {"batch_size": 1}, {"momentum": 1.0}, {"seed": 2**64}, {"seed": -1}, {"train_size": 0},
+        {"regularizer": {"lambda": 1}},
         {"regularizer": {"coefficient": 0}}, {"regularizer": {"target": 0.9}}, {"regularizer": {"of": "gradients"}},
         {"rival": {"name": "sam", "strength": 0}},
     ],
@@ -110,6 +111,7 @@ def test_a_misspelled_or_impossible_field_is_an_error(change):
         ({"regularizer": {"reduction": "median"}}, "Unknown reduction 'median': choose one of mean, sum, max."),
         ({"regularizer": {"of": "activations", "per_channel": True}}, "leave the other options out"),
         ({"data": "imagenet", "held_out": 5}, "leave held_out out"),
+        ({"model": "mobilenet_v2_050", "start": KNOWN}, "cannot start from a resnet20 on fashion_mnist"),
         ({"pretrained": True}, "published weights 'resnet20': choose one of resnet18, "),
         ({"model": "resnet18", "pretrained": True, "start": KNOWN}, "leave pretrained or start out"),
         ({"rival": {"name": "sam", "strength": 1}, "quantization": {"quantizer": "lsq", "weight_bits": 4,
