@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from kure_lib import engine, notebooks, paths
+from kure_lib import engine, files, notebooks, paths
 from kure_lib.networks import device
 from kure_lib.networks.data import SOURCES
 from kure_lib.paths import KureError
@@ -181,9 +181,10 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
 
     planned = plans.open(profile)
     stems = notebooks.select(only)
-    paths.results().mkdir(parents=True, exist_ok=True)
+    files.make_folder(paths.results())
     try:
         with FileLock(paths.results() / "study.lock", timeout=0):
+            files.sweep(paths.results())
             chosen = plans.needed(planned, stems)
             if fresh:
                 for each in chosen.runs:

@@ -6,9 +6,11 @@ import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.managers import SyncManager
 from queue import Queue
 from typing import NamedTuple
 
+from kure_lib.notebooks import die_with_parent
 from kure_lib.paths import KureError
 
 
@@ -34,7 +36,9 @@ def run(tasks: Iterable[Task], places: Sequence[Mapping[str, str]], on_report: C
     failed: dict[str, BaseException] = {}
     at_work: dict[Future[None], Task] = {}
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(die_with_parent)
+    with manager:
         reports, free = manager.Queue(), manager.Queue()
         for place in places:
             free.put(place)
@@ -75,6 +79,7 @@ def run(tasks: Iterable[Task], places: Sequence[Mapping[str, str]], on_report: C
 
 
 def _take_place(free: Queue[Mapping[str, str]]) -> None:
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process reports Ctrl-C; a worker just ends
     os.environ.update(free.get())
 

@@ -1,5 +1,6 @@
 """The one way in which a file is written: whole or not at all, and in check mode compared instead."""
 
+import errno
 import io
 import json
 import os
@@ -11,10 +12,26 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 
 from kure_lib.paths import KureError, checking
 
 RELATIVE_TOLERANCE = 1e-4
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results if it is not there; `KureError` naming it if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> KureError:
+    return KureError(f"Cannot write {path} ({error.strerror}): make room or give access there, or set KURE_RESULTS "
+                     "to another folder.")  # fmt: skip
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -32,21 +49,29 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())  # some file systems report a full disk only here
         os.replace(unfinished, path)
     except OSError as error:
-        raise KureError(
-            f"Cannot write {path} ({error.strerror}): make room or give access there, "
-            "or set KURE_RESULTS to another folder."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):  # gone already, as it should be
             unfinished.unlink()
 
 
-def read_sums(path: Path) -> dict[str, str]:
-    """The SHA-256 of files by name, as `sha256sum` writes them, from a file that exists.
+def sweep(folder: Path) -> None:
+    """Delete what processes that were killed while they wrote have left behind, and nothing of those alive."""
+    for file in folder.rglob(".*"):
+        owner = file.name.rpartition(".")[2]
+        if owner.isdecimal() and file.is_file() and not psutil.pid_exists(int(owner)):
+            file.unlink(missing_ok=True)
 
-    Raises `KureError` naming the file if it holds none or anything else.
+
+def read_sums(path: Path) -> dict[str, str]:
+    """The SHA-256 of files by name, as `sha256sum` writes them.
+
+    Raises `KureError` naming the file if it is missing, or holds none or anything else.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise KureError(f"{path} is missing ({error.strerror}): restore it.") from None
     found = [re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*)", line) for line in text.splitlines()]
     if not found or not all(found):
         raise KureError(f"{path} is damaged: restore it; every line is a SHA-256 and the name of a file.")

@@ -6,9 +6,11 @@ verdict that `claims.toml` expects of the notebook was written by this very exec
 """
 
 import ast
+import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ from kure_lib.paths import KureError
 
 TIMEOUT = 3600  # seconds, for one cell
 GRACE = 120  # seconds more for the whole notebook, so that its kernel can start and end
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 TAIL = 12  # lines of a traceback worth showing
 
 
@@ -38,9 +41,11 @@ def available() -> list[str]:
 def select(names: Iterable[str] | None = None) -> list[str]:
     """The notebooks of these numbers, names or files, in reading order; all of them for `None`.
 
-    Raises `KureError` for one that does not exist.
+    Raises `KureError` for one that does not exist, and if there are none at all.
     """
     known = available()
+    if not known:
+        raise KureError(f"There are no notebooks in {paths.NOTEBOOKS}: restore them from the repository.")
     if names is None:
         return known
     wanted = {Path(name).stem for name in names}
@@ -83,7 +88,7 @@ def execute(
     changes = _changes(source, {"profile": profile, **(parameters or {})})
     results = paths.RESULTS / profile
     partial = results / "notebooks" / f"{stem}.partial.ipynb"
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(partial.parent)
     with FileLock(partial.with_suffix(".lock")):  # a second copy of the study waits for its turn
         partial.unlink(missing_ok=True)
         before = {} if paths.checking() else _verdicts(results, stem)  # in check mode none is written
@@ -105,13 +110,19 @@ def running(command: list, **options: Any) -> Iterator[subprocess.Popen]:
 
     It does so after Ctrl-C too, which a kernel does not notice: it runs in a session of its own.
     """
-    process = subprocess.Popen(command, start_new_session=True, **options)
+    process = subprocess.Popen(command, start_new_session=True, **{"preexec_fn": die_with_parent} | options)
     try:
         yield process
     finally:
         kill_children(process.pid)
         process.kill()
         process.wait()
+
+
+def die_with_parent() -> None:
+    """Let the kernel of Linux kill this process as soon as the one that started it ends, however it ends."""
+    if _LIBC:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def kill_children(process: int) -> None:

@@ -1,11 +1,12 @@
 """Folders, the ambient profile, and the error that a user can mend.
 
-Three environment variables steer this module, read at the time of asking and inherited by child processes:
-`KURE_RESULTS` moves the results, `KURE_PROFILE` holds the ambient profile, and `KURE_CHECK=1` is check mode:
-nothing under `results/` is written, and what a notebook makes must agree with the committed file.
+Environment variables steer this module, read at the time of asking and inherited by child processes: `KURE_RESULTS`
+moves the results, `KURE_CACHE` the unpacked data, `KURE_PROFILE` holds the ambient profile, and `KURE_CHECK=1` is check
+mode: nothing under `results/` is written, and what a notebook makes must agree with the committed file.
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
+YES, NO = ("1", "true", "yes"), ("0", "false", "no", "")
 
 
 class KureError(Exception):
@@ -49,12 +51,19 @@ def __getattr__(name: str) -> Path:
 
 def use_profile(name: str) -> None:
     """Make `name` the ambient profile of this process and of the processes it starts."""
-    os.environ["KURE_PROFILE"] = name
+    os.environ["KURE_PROFILE"] = _plain(name)
 
 
 def profile() -> str:
     """The ambient profile, "quick" unless `use_profile` has set another."""
-    return os.environ.get("KURE_PROFILE") or "quick"
+    return _plain(os.environ.get("KURE_PROFILE") or "quick")
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise KureError(f"A profile cannot be called {name!r}, as its results lie in a folder of that name: write one "
+                        "of letters and digits in KURE_PROFILE.")  # fmt: skip
+    return name
 
 
 def results() -> Path:
@@ -62,6 +71,18 @@ def results() -> Path:
     return __getattr__("RESULTS") / profile()
 
 
+def cache() -> Path:
+    """The folder for data that are unpacked once; it need not exist yet."""
+    if named := os.environ.get("KURE_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "kure_lib"
+    except RuntimeError:
+        raise KureError("There is no home folder to unpack data in: name another folder in KURE_CACHE.") from None
+
+
 def checking() -> bool:
-    """Whether this is check mode."""
-    return os.environ.get("KURE_CHECK") == "1"
+    """Whether this is check mode; `KureError` if `KURE_CHECK` says neither yes nor no."""
+    said = os.environ.get("KURE_CHECK", "")
+    check_known("value of KURE_CHECK", said, [*YES, *NO])
+    return said in YES

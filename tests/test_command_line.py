@@ -71,6 +71,17 @@ def test_an_unknown_notebook_is_one_sentence(option, capsys):
     assert said.startswith("Error: There is no notebook '77': choose from 00, 01, ") and said.count("\n") == 1
 
 
+def test_an_unknown_notebook_is_not_listed_and_none_at_all_is_no_success(tmp_path, monkeypatch, capsys):
+    assert command_line.main(["--only", "99", "--list"]) == 1
+    assert "no notebook '99'" in capsys.readouterr().err
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "gone")
+    monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
+    for argv in ([], ["--list"], ["--lab", "05"]):
+        assert command_line.main(["--profile", "smoke", *argv]) == 1
+        assert "There are no notebooks in" in capsys.readouterr().err
+    assert not (tmp_path / "smoke").exists()
+
+
 def test_stopping_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt

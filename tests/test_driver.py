@@ -191,7 +191,7 @@ def test_an_error_in_a_worker_reaches_the_user(results_folder, workers):
 
 
 def test_a_second_study_on_the_same_results_is_refused(results_folder, monkeypatch):
-    monkeypatch.setattr(notebooks, "available", lambda: [])
+    monkeypatch.setattr(notebooks, "available", lambda: ["00_start_here"])
     folder = results_folder.parent / "smoke"
     folder.mkdir()
     monkeypatch.setattr(driver, "train", lambda *arguments: pytest.fail("this must not train"))

@@ -1,6 +1,8 @@
 """Tasks in several processes: their order, their environment, and what becomes of them if one fails or is killed."""
 
 import multiprocessing
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -98,3 +100,23 @@ def test_a_killed_process_is_one_sentence_that_names_its_task(tasks, noting):
     assert "\n" not in str(error.value)
     assert not multiprocessing.active_children()
     assert time.monotonic() - begun < 600  # the time for which the task would have gone on
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills the children of a process that was killed")
+def test_the_workers_of_a_killed_process_end_with_it(tasks, tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import tasks_of_the_test as tasks
+from kure_lib import engine, notebooks
+if __name__ == "__main__":
+    with notebooks.running(["sleep", "600"]):
+        engine.run([engine.Task("long", tasks.wait)], [{{}}], lambda *values: print("at work", flush=True))
+"""
+    (tmp_path / "driver.py").write_text(script)
+    with subprocess.Popen([sys.executable, tmp_path / "driver.py"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "at work\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert len(children) >= 3 and [each for each in alive if each.status() != psutil.STATUS_ZOMBIE] == []

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,25 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
         files.write_atomically(file, "new")
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path):
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    left = tmp_path / "records" / f".a.json.{gone.pid}"
+    others = [tmp_path / "records" / name for name in (f".b.json.{os.getpid()}", ".hidden", "a.1", "c.json")]
+    left.parent.mkdir()
+    for file in (left, *others):
+        file.touch()
+    files.sweep(tmp_path)
+    assert sorted(left.parent.iterdir()) == sorted(others)
+
+
+@pytest.mark.parametrize("path", ["/proc/results", "/dev/full/results", "/dev/null/x"])
+def test_an_impossible_folder_is_one_sentence(path):
+    for ask in (lambda: files.make_folder(Path(path)), lambda: files.write_atomically(Path(path) / "a.json", "1")):
+        with pytest.raises(KureError, match=r"Cannot write .*KURE_RESULTS to another folder"):
+            ask()
 
 
 # Check mode

@@ -321,7 +321,7 @@ def _alone(id: str) -> Iterator[None]:
         yield
         return
     lock = paths.results() / "checkpoints" / f"verdict-{id}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(lock.parent)
     with FileLock(lock):
         yield
 
@@ -331,13 +331,19 @@ def _file(id: str) -> Path:
 
 
 def _read(id: str) -> dict:
-    """The verdict on disk, or {} if there is none yet."""
+    """The verdict on disk, or {} if there is none yet; `KureError` names the file if it holds no verdict."""
     try:
-        return json.loads(_file(id).read_text(encoding="utf-8"))
+        verdict = json.loads(_file(id).read_text(encoding="utf-8"))
+        for part in (verdict, *verdict.get("parts", {}).values()):
+            check_known("outcome", part["outcome"], OUTCOMES)
+            if not isinstance(part["evidence"], str):
+                raise TypeError("its evidence is no text")
+        return verdict
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise KureError(f"{_file(id)} is damaged ({error}): delete it and run its notebook again.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, KureError) as error:
+        raise KureError(f"{_file(id)} is damaged ({paths.in_words(error)}): delete it and run its notebook "
+                        "again.") from error  # fmt: skip
 
 
 def _link(stem: str, folder: str) -> str:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from kure_lib.files import write_atomically
+from kure_lib import paths
+from kure_lib.files import read_sums, write_atomically
 from kure_lib.networks import pictures, tiny_imagenet
 from kure_lib.paths import DATA, KureError, check_known
 
@@ -315,21 +317,21 @@ def unpack_fashion_mnist(source: Path = DATA) -> Path:
 
     Raises `KureError` naming the file if one is missing or is not the published one.
     """
-    cache_folder = pictures.cache()
-    raw = cache_folder / "FashionMNIST" / "raw"
-    for line in _read(source / "SHA256SUMS").decode().splitlines():
-        digest, name = line.split()
+    folder, sums = paths.cache(), read_sums(source / "SHA256SUMS")
+    raw = folder / "FashionMNIST" / "raw"
+    for part, kind in product(("train", "t10k"), ("images-idx3", "labels-idx1")):
+        name = f"{part}-{kind}-ubyte.gz"
         content, unpacked = _read(source / name), raw / name.removesuffix(".gz")
-        if hashlib.sha256(content).hexdigest() != digest:
+        if hashlib.sha256(content).hexdigest() != sums.get(name):
             raise KureError(f"{source / name} is damaged (its SHA-256 is not the one in SHA256SUMS): restore it.")
         check_sum = int.from_bytes(content[-8:-4], "little")  # of what a gzip file holds
         if not unpacked.is_file() or zlib.crc32(unpacked.read_bytes()) != check_sum:
             write_atomically(unpacked, gzip.decompress(content))
-    return cache_folder
+    return folder
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except FileNotFoundError:
-        raise KureError(f"{path} is missing: restore it from the repository.") from None
+    except OSError as error:
+        raise KureError(f"{path} is missing ({error.strerror}): restore it from the repository.") from None

@@ -1,6 +1,6 @@
 """The networks: torchvision's, and two of its architectures cut to size for small images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torchvision.models.resnet import BasicBlock
 
 from kure_lib.networks import published
 from kure_lib.networks.depthwise import DenseGradient, DepthwiseConv2d
-from kure_lib.paths import check_known
+from kure_lib.paths import KureError, check_known
 
 IMAGENET = tuple(published.DIGITS)
 
@@ -107,3 +107,13 @@ def build(name: str, channels: int, classes: int, pretrained: bool = False) -> n
     if pretrained:
         published.load(model, name)
     return model.to(memory_format=torch.channels_last)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], whose: str) -> None:
+    """Load parameters and buffers; `KureError` naming whose they are if they are those of another architecture."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
+        raise KureError(f"The weights {whose} do not suit {type(model).__name__} ({reason}): take those of a "
+                        "network of the same architecture, channels and classes.") from None  # fmt: skip

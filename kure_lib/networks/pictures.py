@@ -14,14 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from kure_lib.files import write_atomically
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, cache
 
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of a cached file
-
-
-def cache() -> Path:
-    """The folder for what can be made again from the data: `KURE_CACHE`."""
-    return Path(os.environ.get("KURE_CACHE", Path.home() / ".cache" / "kure_lib"))
 
 
 def picture(path: Path) -> Image.Image:

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
 from pydantic import Field, FiniteFloat, model_validator
 from torch import nn
 
-from kure_lib.files import write_atomically
+from kure_lib.files import make_folder, write_atomically
 from kure_lib.networks import data, device, models
 from kure_lib.networks.evaluation import Evaluation
-from kure_lib.paths import KureError, in_words, results
+from kure_lib.paths import KureError, in_words, results, say
 from kure_lib.quantization.view import folded as fold
 from kure_lib.training.configs import Frozen, RunConfig
 from kure_lib.training.loop import Curves, Steps
@@ -84,11 +85,18 @@ class Record(Frozen):
         if not path.is_file():
             raise KureError(f"The weights {path} are missing: restore them, or delete the record of the same "
                             "name to train the run again.")  # fmt: skip
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise KureError(f"The weights {path} cannot be read ({error.strerror}): give access to them.") from None
         if hashlib.sha256(content).hexdigest() != self.weights_sha256:
             raise KureError(f"The weights {path} are damaged (their SHA-256 is not the record's): restore them, "
                             "or delete the record of the same name to train the run again.")  # fmt: skip
-        return safetensors.torch.load(content)
+        try:
+            return safetensors.torch.load(content)
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise KureError(f"The weights {path} are no safetensors file ({in_words(error)}): delete them and the "
+                            "record of the same name to train the run again.") from None  # fmt: skip
 
     def network(self, folded: bool = False) -> nn.Module:
         """The trained network in evaluation mode, with `folded` batch norms if asked; the same object every time."""
@@ -117,7 +125,7 @@ def _network(record: Record, folded: bool) -> nn.Module:
     weights = record.weights
     classes = next(len(weight) for weight in weights.values() if weight.dim() == 2)  # there is one linear layer
     model = models.build(record.config.model, data.SOURCES[record.config.data].channels, classes)
-    model.load_state_dict(weights)
+    models.load_weights(model, weights, f"of {record.config.label}")
     return model.to(device.device()).eval()
 
 
@@ -131,7 +139,7 @@ def find(config: RunConfig) -> Record | None:
             raise ValueError("its digest is not that of its content")
     except FileNotFoundError:
         return None
-    except (ValueError, KureError) as error:
+    except (OSError, ValueError, KureError) as error:
         raise KureError(f"The record {path} is damaged ({in_words(error)}): restore it, or delete it to train "
                         "the run again.") from error  # fmt: skip
     if record.config != config or record.key != config.key:
@@ -186,16 +194,27 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 @contextmanager
-def locked(config: RunConfig, wait: float = 0) -> Iterator[None]:
-    """Within the block no other process works on the run; raises `KureError` after `wait` seconds."""
+def locked(config: RunConfig, wait: float | None = None) -> Iterator[None]:
+    """Within the block no other process works on the run: one that does is waited for, and the user is told.
+
+    Raises `KureError` after `wait` seconds; None: never.
+    """
     path = results() / "checkpoints" / f"{_name(config)}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    lock = FileLock(path)
     try:
-        with FileLock(path, timeout=wait):
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
-        raise KureError(f"Another process is working on {config.label} (it holds {path}): wait until it is done, "
-                        "or stop it.") from None  # fmt: skip
+        say(f"Another process is working on {config.label} (it holds {path}): waiting until it is done.")
+        try:
+            lock.acquire(timeout=-1 if wait is None else wait)
+        except Timeout:
+            raise KureError(f"Another process is working on {config.label} (it holds {path}): wait until it is done, "
+                            "or stop it.") from None  # fmt: skip
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _said(identity: dict[str, Any]) -> str:

@@ -42,8 +42,8 @@ FULL_PRECISION = QuantizationSpec()
 def get(config: RunConfig, on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, values: None) -> Record:
     """The record of a configuration; where there is none the run is trained, after the one it starts from.
 
-    An interrupted run goes on from its last finished epoch. Raises `KureError` if another process is
-    training the same run, and in check mode if there is no record.
+    An interrupted run goes on from its last finished epoch, and one that another process is training is waited for.
+    Raises `KureError` in check mode if there is no record.
     """
     if record := find(config):
         return record

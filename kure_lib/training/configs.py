@@ -9,6 +9,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 
 from kure_lib.networks.data import SOURCES
 from kure_lib.networks.models import NETWORKS
+from kure_lib.networks.published import DIGITS
 from kure_lib.paths import KureError, check_known
 from kure_lib.quantization.spec import TRAINED_RULES
 from kure_lib.tensors.grids import Bits
@@ -94,7 +95,7 @@ class RunConfig(Frozen):
     data: Annotated[str, _one_of("data set", SOURCES)] = "fashion_mnist"
     train_size: int | None = Field(None, ge=1)  # only so many of the first images are used, in training and test
     held_out: int = Field(0, ge=0)  # so many of the last training images replace the test images, to choose settings by
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**40)  # the seeds of its epochs are 64-bit numbers made of it
     start: "RunConfig | None" = None  # the run whose weights this one begins with
     pretrained: bool = False  # begins with torchvision's ImageNet weights
     epochs: int = Field(ge=0)
@@ -112,6 +113,15 @@ class RunConfig(Frozen):
     def _check(self) -> "RunConfig":
         if self.rival and self.quantization:
             raise KureError("A rival is compared in full precision: leave quantization out.")
+        if self.pretrained:
+            check_known("network with published weights", self.model, DIGITS)
+        if self.pretrained and self.start:
+            raise KureError("A run begins with published weights or with those of another run: leave pretrained or "
+                            "start out.")  # fmt: skip
+        if self.start and (self.start.model, self.start.data) != (self.model, self.data):
+            start = f"{self.start.model} on {self.start.data}"
+            raise KureError(f"A {self.model} on {self.data} cannot start from a {start}: take a run of the same "
+                            "network and data.")  # fmt: skip
         return self
 
     @property

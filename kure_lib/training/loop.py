@@ -76,7 +76,7 @@ def fit(
     torch.manual_seed(config.seed)
     model = models.build(config.model, train.channels, train.classes, config.pretrained)
     if start is not None:
-        model.load_state_dict(start)
+        models.load_weights(model, start, f"that {config.label} starts from")
     model.to(device.device())
     images, _ = next(train.head(config.batch_size).batches(config.batch_size))
     method = methods.build(model, config, images.to(device.device()))
@@ -110,11 +110,17 @@ def fit(
 
 
 def splits(config: RunConfig) -> tuple[data.Split, data.Split]:
-    """The images a run is trained on, and those it is tested on: test images, or training images held out."""
+    """The images a run is trained on, and those it is tested on: test images, or training images held out.
+
+    Raises `KureError` if none would be left to train on.
+    """
     train = data.load(config.data, "train")
     if not config.held_out:
         test = data.load(config.data, "test").head(config.train_size)
     else:
+        if config.held_out >= len(train):
+            raise KureError(f"Of the {len(train)} training images of {config.data}, {config.held_out} cannot be held "
+                            "out: choose a smaller held_out, so that some are left.")  # fmt: skip
         train, test = train.parted(config.held_out)
     return train.head(config.train_size), test
 

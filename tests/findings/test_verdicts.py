@@ -286,3 +286,16 @@ def test_a_readme_without_markers_is_refused_and_left_alone(tmp_path):
     with pytest.raises(KureError, match="lacks the lines"):
         verdicts.update_readme(readme)
     assert readme.read_text(encoding="utf-8") == f"{verdicts.BEGIN}\nno end\n"
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"outcome": "proved", "evidence": ""}',
+                                     '{"outcome": "holds", "evidence": 3}', '{"outcome": ["holds"], "evidence": ""}',
+                                     '{"outcome": "holds", "evidence": "", "parts": {"a": 1}}'])  # fmt: skip
+def test_a_file_that_holds_no_verdict_is_named(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
+    monkeypatch.setenv("KURE_PROFILE", "trial")
+    file = tmp_path / "trial" / "verdicts" / "S1.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(KureError, match=rf"{file} is damaged .*: delete it and run its notebook again"):
+        verdicts.scoreboard()

@@ -105,6 +105,16 @@ def test_missing_check_sums_are_named(copied_data):
         data.unpack_fashion_mnist(copied_data)
 
 
+@pytest.mark.parametrize("kept", [0, 3])
+def test_emptied_check_sums_let_no_tampered_data_in(copied_data, tmp_path, kept):
+    folder = data.unpack_fashion_mnist(copied_data)
+    (folder / "FashionMNIST" / "raw" / NAME.removesuffix(".gz")).write_bytes(b"tampered")
+    lines = (copied_data / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (copied_data / "SHA256SUMS").write_text("".join(line for line in lines[-kept:] if NAME not in line) * bool(kept))
+    with pytest.raises(KureError, match="is damaged"):
+        data.unpack_fashion_mnist(copied_data)
+
+
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"\1" + content[1:]])
 def test_a_damaged_unpacked_file_is_unpacked_again(copied_data, damage):
     folder = data.unpack_fashion_mnist(copied_data)

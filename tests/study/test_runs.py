@@ -4,6 +4,8 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +249,18 @@ def test_damaged_or_missing_weights_are_named(files, config):
         runs.evaluate(runs.get(config), QuantizationSpec(weight_bits=5))
 
 
+def test_a_record_that_is_a_folder_and_weights_that_are_no_weights_are_named(files, config):
+    content = b"no safetensors"
+    record = runs.find(config).model_copy(update={"weights_sha256": hashlib.sha256(content).hexdigest()})
+    files[1].write_bytes(content)
+    with pytest.raises(KureError, match=rf"The weights {files[1]} are no safetensors file"):
+        record.weights  # noqa: B018
+    files[0].unlink()
+    files[0].mkdir()
+    with pytest.raises(KureError, match=rf"The record {files[0]} is damaged .*directory"):
+        runs.find(config)
+
+
 # Evaluations
 
 
@@ -341,17 +355,24 @@ runs.get(config, wait)
 """
 
 
-def test_two_processes_do_not_train_the_same_run(config, environment, results_folder):
+def test_a_run_that_another_process_trains_is_waited_for(config, environment, results_folder, capsys):
     command = [sys.executable, "-c", HOLD, config.model_dump_json()]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as child:
         assert child.stdout.readline() == "1\n"  # it is training and holds the run
-        with pytest.raises(KureError, match=rf"Another process is working on {config.label} .*wait until it is done"):
-            runs.get(config)
-        assert runs.find(config) is None
-        child.communicate("\n")
-    assert child.returncode == 0
-    assert runs.get(config).key == config.key  # what the other one finished
+        with (
+            pytest.raises(KureError, match=rf"Another process is working on {config.label} "),
+            records.locked(config, 0),
+        ):
+            pass
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(runs.get, config, lambda *values: pytest.fail("this must not train"))
+            time.sleep(1)
+            assert not waiting.done() and runs.find(config) is None
+            child.communicate("\n")
+            assert waiting.result(120) == runs.find(config)
+    assert f"Another process is working on {config.label}" in (said := capsys.readouterr().err)
+    assert "waiting until it is done" in said
 
 
 # The records of the study

@@ -89,7 +89,8 @@ def test_a_configuration_survives_json():
     "change",
     [
         {"learning_rat": 0.1}, {"learning_rate": 0}, {"learning_rate": "fast"}, {"epochs": -1}, {"weight_decay": -1},
-        {"batch_size": 1}, {"momentum": 1.0}, {"train_size": 0}, {"regularizer": {"lambda": 1}},
+        {"batch_size": 1}, {"momentum": 1.0}, {"seed": 2**64}, {"seed": -1}, {"train_size": 0},
+        {"regularizer": {"lambda": 1}},
         {"regularizer": {"coefficient": 0}}, {"regularizer": {"target": 0.9}}, {"regularizer": {"of": "gradients"}},
         {"rival": {"name": "sam", "strength": 0}},
     ],
@@ -109,6 +110,9 @@ def test_a_misspelled_or_impossible_field_is_an_error(change):
         ({"rival": {"name": "dropout", "strength": 1}}, "Unknown rival 'dropout': choose one of gradient_l1, "),
         ({"regularizer": {"reduction": "median"}}, "Unknown reduction 'median': choose one of mean, sum, max."),
         ({"regularizer": {"of": "activations", "per_channel": True}}, "leave the other options out"),
+        ({"model": "mobilenet_v2_050", "start": KNOWN}, "cannot start from a resnet20 on fashion_mnist"),
+        ({"pretrained": True}, "published weights 'resnet20': choose one of resnet18, "),
+        ({"model": "resnet18", "pretrained": True, "start": KNOWN}, "leave pretrained or start out"),
         ({"rival": {"name": "sam", "strength": 1}, "quantization": {"quantizer": "lsq", "weight_bits": 4,
           "activation_bits": 4}}, "leave quantization out"),
     ],
@@ -268,6 +272,12 @@ def test_the_learning_rate_follows_one_cycle_or_steps():
     assert cycle[-1] < 1e-3 * max(cycle)
     steps = rates(RunConfig(model="resnet20", **{**TINY, "epochs": 6}, decay_every=2), 3)
     assert steps == pytest.approx([0.05] * 6 + [0.005] * 6 + [0.0005] * 6)
+
+
+@pytest.mark.parametrize("held_out", [60_000, 70_000])
+def test_images_must_be_left_to_train_on(tiny, held_out):
+    with pytest.raises(KureError, match=rf"Of the 60000 training images of fashion_mnist, {held_out} cannot be"):
+        fit(tiny.model_copy(update={"held_out": held_out}))
 
 
 # Interruption
