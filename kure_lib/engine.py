@@ -1,8 +1,10 @@
 """Many tasks carried out at once, each in a process; the driver decides which tasks, and how many at once."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -10,8 +12,9 @@ from multiprocessing.managers import SyncManager
 from queue import Queue
 from typing import NamedTuple
 
-from kure_lib.notebooks import die_with_parent
 from kure_lib.paths import KureError
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Task(NamedTuple):
@@ -76,6 +79,12 @@ def run(tasks: Iterable[Task], places: Sequence[Mapping[str, str]], on_report: C
         raise errors[0]
     if errors:
         raise KureError("\n".join(dict.fromkeys(map(str, errors))))
+
+
+def die_with_parent() -> None:
+    """Let the kernel of Linux kill this process as soon as the one that started it ends, however it ends."""
+    if _LIBC:
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _take_place(free: Queue[Mapping[str, str]]) -> None:

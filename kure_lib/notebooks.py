@@ -6,11 +6,9 @@ verdict that `claims.toml` expects of the notebook was written by this very exec
 """
 
 import ast
-import ctypes
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,12 +22,12 @@ import psutil
 from filelock import FileLock
 
 from kure_lib import files, paths
+from kure_lib.engine import die_with_parent
 from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 
 TIMEOUT = 3600  # seconds, for one cell
 GRACE = 120  # seconds more for the whole notebook, so that its kernel can start and end
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 TAIL = 12  # lines of a traceback worth showing
 
 
@@ -117,12 +115,6 @@ def running(command: list, **options: Any) -> Iterator[subprocess.Popen]:
         kill_children(process.pid)
         process.kill()
         process.wait()
-
-
-def die_with_parent() -> None:
-    """Let the kernel of Linux kill this process as soon as the one that started it ends, however it ends."""
-    if _LIBC:
-        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def kill_children(process: int) -> None:

@@ -334,10 +334,10 @@ def _read(id: str) -> dict:
     """The verdict on disk, or {} if there is none yet; `KureError` names the file if it holds no verdict."""
     try:
         verdict = json.loads(_file(id).read_text(encoding="utf-8"))
-        for part in (verdict, *verdict.get("parts", {}).values()):
-            check_known("outcome", part["outcome"], OUTCOMES)
-            if not isinstance(part["evidence"], str):
-                raise TypeError("its evidence is no text")
+        check_known("outcome", verdict["outcome"], [*OUTCOMES, *ANSWERS.values()])
+        texts = [verdict["decided_by"], verdict["evidence"], *(part["remark"] for part in verdict["parts"].values())]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("its evidence is no text")
         return verdict
     except FileNotFoundError:
         return {}

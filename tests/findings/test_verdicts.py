@@ -288,14 +288,17 @@ def test_a_readme_without_markers_is_refused_and_left_alone(tmp_path):
     assert readme.read_text(encoding="utf-8") == f"{verdicts.BEGIN}\nno end\n"
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", "{}", '{"outcome": "proved", "evidence": ""}',
-                                     '{"outcome": "holds", "evidence": 3}', '{"outcome": ["holds"], "evidence": ""}',
-                                     '{"outcome": "holds", "evidence": "", "parts": {"a": 1}}'])  # fmt: skip
-def test_a_file_that_holds_no_verdict_is_named(content, tmp_path, monkeypatch):
-    monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
-    monkeypatch.setenv("KURE_PROFILE", "trial")
-    file = tmp_path / "trial" / "verdicts" / "S1.json"
+SOUND = {"outcome": "holds", "decided_by": "", "evidence": "", "parts": {}}
+DAMAGED = [[], None, 3, {}, SOUND | {"outcome": "proved"}, SOUND | {"evidence": 3}, SOUND | {"outcome": ["holds"]},
+           SOUND | {"parts": {"a": 1}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=str)
+def test_a_file_that_holds_no_verdict_is_named(content, results):
+    file = results / "verdicts" / "S1.json"
     file.parent.mkdir(parents=True)
-    file.write_text(content)
+    file.write_text(json.dumps(SOUND))
+    assert verdicts.scoreboard().set_index("id").outcome["S1"] == "holds"
+    file.write_text(json.dumps(content))
     with pytest.raises(KureError, match=rf"{file} is damaged .*: delete it and run its notebook again"):
         verdicts.scoreboard()
