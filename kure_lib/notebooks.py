@@ -28,6 +28,8 @@ from kure_lib.paths import KureError
 
 TIMEOUT = 3600  # seconds, for one cell
 GRACE = 120  # seconds more for the whole notebook, so that its kernel can start and end
+READING = "reading"  # tag of a text cell that is about the committed study
+COMMITTED_STUDY = "**In the committed study:**"
 TAIL = 12  # lines of a traceback worth showing
 
 
@@ -97,7 +99,8 @@ def execute(
         if trouble:
             raise KureError(f"Notebook {stem} {trouble}\nWhat was executed lies in {partial}.")
         destination = destination or partial.with_name(f"{stem}.ipynb")
-        files.write_atomically(destination, _without_noise(partial))
+        read = _without_noise(partial, boxed=profile != defaults(source).get("profile"))
+        files.write_atomically(destination, read)
         partial.unlink()
     return destination
 
@@ -201,8 +204,12 @@ def _tail(text: str) -> str:
     return indent("\n".join(lines[-TAIL:]), "    ")
 
 
-def _without_noise(executed: Path) -> str:
-    """The notebook as JSON, without what differs from one execution or machine to the next."""
+def _without_noise(executed: Path, boxed: bool) -> str:
+    """The notebook as JSON, without what differs from one execution or machine to the next.
+
+    A text cell tagged `reading` says what the committed study found. `boxed`, for a notebook of other records, puts it
+    into a block quote that says so.
+    """
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
@@ -210,4 +217,8 @@ def _without_noise(executed: Path) -> str:
     for part in (notebook, *notebook.cells):
         part.metadata.pop("papermill", None)
         part.metadata.pop("execution", None)
+    for cell in notebook.cells if boxed else ():
+        if READING in cell.metadata.get("tags", ()):
+            lines = [COMMITTED_STUDY, "", *cell.source.splitlines()]
+            cell.source = "\n".join(f"> {line}".rstrip() for line in lines)
     return nbformat.writes(notebook) + "\n"

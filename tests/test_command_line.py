@@ -218,6 +218,21 @@ def test_a_notebook_that_does_all_it_should(write, tmp_path):
     assert not list(executed.parent.glob("*.partial.ipynb"))
 
 
+@pytest.mark.parametrize("profile", ["study", "quick"])
+def test_a_reading_of_the_committed_study_says_so_where_the_records_are_others(write, tmp_path, profile):
+    write("print(profile)", VERDICT)
+    source = tmp_path / f"{STEM}.ipynb"
+    notebook = nbformat.read(source, as_version=4)
+    cells = [nbformat.v4.new_markdown_cell("It is *so*.\n\nAnd so."), nbformat.v4.new_markdown_cell("A reason.")]
+    cells[0].metadata.tags = ["reading"]
+    notebook.cells += cells
+    nbformat.write(notebook, source)
+    executed = nbformat.read(notebooks.execute(STEM, profile), as_version=4).cells
+    boxed = "> **In the committed study:**\n>\n> It is *so*.\n>\n> And so."
+    assert executed[-2].source == ("It is *so*.\n\nAnd so." if profile == "study" else boxed)
+    assert executed[-1].source == "A reason."
+
+
 @pytest.mark.parametrize(("said", "used"), [(None, "3"), ("2", "2")])
 def test_notebooks_that_share_the_cores_get_threads_of_their_own(write, monkeypatch, said, used):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

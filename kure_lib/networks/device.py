@@ -6,7 +6,7 @@ import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def device() -> torch.device:
 
 
 @cache
-def precision() -> str:
+def precision() -> Literal["float32", "bfloat16"]:
     """`bfloat16` where the machine multiplies it natively and clearly faster than float32, else `float32`."""
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"

@@ -1,22 +1,26 @@
 """Accuracy and loss of a network on a split."""
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from kure_lib.networks import data
-from kure_lib.networks.device import autocast
+from kure_lib.networks.device import autocast, precision
 
 BATCH = 1000
 
 
 class Evaluation(NamedTuple):
-    """Top-1 accuracy in percent and mean cross-entropy in nats."""
+    """Top-1 accuracy in percent and mean cross-entropy in nats; `precision` is that of `device.precision`.
+
+    Evaluations of earlier versions do not say in which precision they were made.
+    """
 
     top1: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
     loss: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    precision: Literal["float32", "bfloat16"] | None = None
 
 
 @torch.inference_mode()
@@ -31,7 +35,7 @@ def evaluate(model: nn.Module, split: data.Split) -> Evaluation:
         scores, labels = scores.float(), labels.to(place)
         correct += (scores.argmax(1) == labels).sum().item()
         loss += nn.functional.cross_entropy(scores, labels, reduction="sum").item()
-    return Evaluation(100 * correct / len(split), loss / len(split))
+    return Evaluation(100 * correct / len(split), loss / len(split), precision())
 
 
 def accuracy(model: nn.Module, split: data.Split) -> float:

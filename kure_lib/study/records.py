@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, PlainSerializer, model_validator
 from torch import nn
 
 from kure_lib.files import make_folder, write_atomically
@@ -45,6 +45,10 @@ class LayerSummary(Frozen):
         return self
 
 
+def _known(evaluation: Evaluation) -> list:
+    return [value for value in evaluation if value is not None]
+
+
 class Record(Frozen):
     """A finished run; `steps` are those that LSQ learned, by layer and activation site.
 
@@ -59,7 +63,7 @@ class Record(Frozen):
     steps: Steps = {}
     weights_sha256: str
     provenance: dict[str, Any]
-    evaluations: dict[str, Evaluation] = {}
+    evaluations: dict[str, Annotated[Evaluation, PlainSerializer(_known)]] = {}
     digest: str | None = None
 
     @model_validator(mode="after")

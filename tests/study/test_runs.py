@@ -282,6 +282,17 @@ def test_an_evaluation_is_made_once_and_kept(files, config, monkeypatch):
     assert runs.evaluate(record, spec) == result == runs.evaluate(runs.find(config), spec)
 
 
+def test_an_evaluation_says_its_precision_and_one_of_an_earlier_version_stays_as_it_is(files, config, monkeypatch):
+    old = runs.find(config)
+    old.evaluations[FOUR.key] = old.evaluations[FOUR.key]._replace(precision=None)
+    records.write(old)
+    monkeypatch.setattr(evaluation, "precision", lambda: "bfloat16")
+    runs.evaluate(runs.find(config), QuantizationSpec(weight_bits=2))
+    kept = json.loads(files[0].read_text())["evaluations"]
+    assert kept[FOUR.key] == list(old.evaluations[FOUR.key][:2])
+    assert kept[QuantizationSpec(weight_bits=2).key][2] == "bfloat16"
+
+
 def test_two_open_records_do_not_lose_each_others_evaluations(files, config):
     one, other = runs.find(config), runs.find(config)
     specs = [QuantizationSpec(weight_bits=bits) for bits in (2, 3)]
