@@ -9,18 +9,25 @@ from torch.nn.utils import parametrize
 
 from kure_lib.paths import KureError, check_known
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-def regularized_layers(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Every convolution but the first, by name, as in the authors' code.
 
-    There are 19 in torchvision's ResNet-18, 51 in its MobileNet-V2 and 52 in its ResNet-50.
+def regularized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every convolution but the first, as in the authors' code, and every linear layer but the last, by name.
+
+    These are 19 convolutions in torchvision's ResNet-18, 51 in its MobileNet-V2 and 52 in its ResNet-50, whose one
+    linear layer is the last. A transformer has its linear layers, but not the projections that `nn.MultiheadAttention`
+    keeps in a parameter of its own.
     """
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    return dict(list(convolutions.items())[1:])
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))}
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, CONVOLUTIONS)]
+    linear = [name for name in layers if name not in convolutions]
+    spared = {*convolutions[:1], *linear[-1:]}
+    return {name: layer for name, layer in layers.items() if name not in spared}
 
 
 #: Layers whose weights can be quantized, and those whose weights nothing here can reach.
-QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+QUANTIZABLE = (*CONVOLUTIONS, nn.Linear)
 OUT_OF_REACH = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.modules.conv._ConvTransposeNd)
 
 

@@ -6,19 +6,25 @@ Both directions are closed, so two sweeps over the weights are enough: one gathe
     dK/dw = 4/(n·m₂²) · ((w − μ)³ − m₃ − K·m₂·(w − μ)),
 
 at about the speed of copying them. Moments are taken block by block about the block's own mean and
-moved to the common mean afterwards, so a mean far from zero costs no digits.
+moved to the common mean afterwards, so a mean far from zero costs no digits. numba compiles these sweeps
+for the processor; on a GPU, in a compiled step, in half precision and without numba autograd
+differentiates the formula.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from kure_lib.paths import KureError
+
+try:
+    from kure_lib.tensors import compiled
+except ImportError:  # numba makes it faster, and is not required
+    compiled = None
 
 BLOCK = 16_384  # weights in a block: 64 KiB, small enough to be read twice from the cache
 
@@ -39,7 +45,7 @@ def kurtosis(x: Tensor, unbiased: bool = False, per_channel: bool = False) -> Te
     n = x.numel() // max(channels, 1)
     if n < 2:
         raise KureError(f"Kurtosis needs at least two values; the tensor has shape {tuple(x.shape)}.")
-    value = _values([x], channels)
+    value = kurtoses([x], channels)
     if not torch.isfinite(value).all():
         raise KureError("Kurtosis is not defined for zero variance (or one too small or large for "
                         f"{str(x.dtype).removeprefix('torch.')}) or for infinite or NaN values.")  # fmt: skip
@@ -47,23 +53,27 @@ def kurtosis(x: Tensor, unbiased: bool = False, per_channel: bool = False) -> Te
     return value * ((n - 1) / n) ** 2 if unbiased else value
 
 
-def kurtoses(tensors: Sequence[Tensor]) -> Tensor:
-    """The kurtosis of each of L tensors of one type, [L]; NaN, not an error, where it is not defined.
+def kurtoses(tensors: Sequence[Tensor], channels: int = 1) -> Tensor:
+    """The kurtosis of each of L tensors of one type, or of each of the equal parts of each: [L · channels].
 
-    A net has many small tensors: one node of the graph for all of them costs less than the work itself.
+    Where it is not defined it is NaN, not an error. A net has many small tensors: one node of the graph for all of them
+    costs less than the work itself.
     """
-    return _values(tensors, channels=1)
-
-
-def _values(tensors: Sequence[Tensor], channels: int) -> Tensor:
-    """Kurtosis of each tensor, or of each of the equal parts of one; NaN where it is not defined."""
+    tensors = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in tensors]  # of FSDP, each rank holds a part
     kinds = {(x.device.type, x.dtype) for x in tensors}
-    if kinds == {("cpu", torch.float32)} or kinds == {("cpu", torch.float64)}:
+    served = kinds == {("cpu", torch.float32)} or kinds == {("cpu", torch.float64)}
+    # FSDP frees the storage of a whole weight, which a view in numpy would forbid.
+    elsewhere = torch.compiler.is_compiling() or (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
+    if compiled and served and not elsewhere:
         return _Kurtosis.apply(channels, *(x if _is_dense(x) else x.contiguous() for x in tensors))
-    return torch.cat([_by_formula(x.float().reshape(channels, -1)) for x in tensors])
+    return torch.cat([_by_formula(x.reshape(channels, -1)) for x in tensors])
 
 
 def _by_formula(rows: Tensor) -> Tensor:
+    """Of each row, in torch alone; moments of half precision are computed in float32."""
+    rows = rows if rows.dtype == torch.float64 else rows.float()
     mean = rows.mean(1, keepdim=True)
     m2, m4 = ((rows - mean) ** 2).mean(1), ((rows - mean) ** 4).mean(1)
     return torch.where(_varies(mean[:, 0], m2, rows.dtype), m4 / m2**2, math.nan)
@@ -94,7 +104,7 @@ class _Kurtosis(torch.autograd.Function):
         coefficients = np.stack([center, mean - center, value * m2, m3, scale], axis=1).astype(number)
         for k, (x, gradient) in enumerate(zip(tensors, gradients, strict=True)):
             rows = coefficients[k * channels : (k + 1) * channels]
-            _write_gradient(_in_memory_order(x), rows, _in_memory_order(gradient))
+            compiled.write_gradient(_in_memory_order(x), rows, _in_memory_order(gradient))
         return None, *gradients
 
 
@@ -105,74 +115,13 @@ def _moments(x: Tensor, channels: int) -> np.ndarray:
     them and in another where they come from its cache, and no run would repeat another bit for bit.
     """
     length = BLOCK if channels == 1 else x.numel() // channels
-    return _central_moments(_power_sums(_in_memory_order(x), length), channels)
+    return compiled.central_moments(compiled.power_sums(_in_memory_order(x), length), channels)
 
 
 def _varies(mean, m2, dtype):
     """Whether the variance is more than what rounding makes of equal values, and its square no underflow."""
     limits = torch.finfo(dtype)
     return (m2 > (limits.eps * mean) ** 2) & (m2 * m2 > limits.tiny)
-
-
-FAST = {"reassoc", "contract", "nsz", "arcp"}  # lets sums be vectorized; NaNs and infinities stay what they are
-
-
-@numba.njit(cache=True, fastmath=FAST)
-def _power_sums(x, length):
-    """For each `length` values: how many, a centre c close to their mean, Σ(x − c)ᵏ for k = 1 … 4; [blocks, 6]."""
-    number = x.dtype.type
-    sums = np.empty(((x.size + length - 1) // length, 6))
-    for k in range(len(sums)):
-        block = x[k * length : (k + 1) * length]
-        s1, s2, s3, s4 = number(0), number(0), number(0), number(0)
-        for i in range(block.size):
-            s1 += block[i]
-        center = number(s1 / block.size)
-        s1 = number(0)
-        for i in range(block.size):
-            d = block[i] - center
-            square = d * d
-            s1 += d
-            s2 += square
-            s3 += square * d
-            s4 += square * square
-        sums[k, 0], sums[k, 1] = block.size, center
-        sums[k, 2], sums[k, 3], sums[k, 4], sums[k, 5] = s1, s2, s3, s4
-    return sums
-
-
-@numba.njit(cache=True, error_model="numpy")
-def _central_moments(sums, channels):
-    """Mean, m₂, m₃, m₄ of each channel, [channels, 4], from the power sums of its blocks."""
-    blocks = len(sums) // channels
-    moments = np.zeros((channels, 4))
-    for channel in range(channels):
-        of_channel, result = sums[channel * blocks : (channel + 1) * blocks], moments[channel]
-        n, total = 0.0, 0.0
-        for size, center, s1, _, _, _ in of_channel:
-            n += size
-            total += size * center + s1
-        mean = total / n
-        for size, center, s1, s2, s3, s4 in of_channel:
-            d = center - mean
-            result[1] += s2 + 2 * d * s1 + size * d**2
-            result[2] += s3 + 3 * d * s2 + 3 * d**2 * s1 + size * d**3
-            result[3] += s4 + 4 * d * s3 + 6 * d**2 * s2 + 4 * d**3 * s1 + size * d**4
-        result[1:] /= n
-        result[0] = mean
-    return moments
-
-
-@numba.njit(cache=True, fastmath={"contract", "nsz"})
-def _write_gradient(x, coefficients, out):
-    """out = scale · (d·(d² − K·m₂) − m₃) with d = x − μ and one row of coefficients for each channel."""
-    length = x.size // len(coefficients)
-    for k in range(len(coefficients)):
-        center, rest, bend, shift, scale = coefficients[k]  # μ in two parts, so that d keeps its digits
-        source, target = x[k * length : (k + 1) * length], out[k * length : (k + 1) * length]
-        for i in range(length):
-            d = (source[i] - center) - rest
-            target[i] = scale * (d * (d * d - bend) - shift)
 
 
 def _is_dense(x: Tensor) -> bool:

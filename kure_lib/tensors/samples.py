@@ -7,13 +7,17 @@ so a step costs as many binary searches as the grid has cells, however large the
 
 from functools import cached_property
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from kure_lib.paths import KureError
 from kure_lib.tensors.grids import Format, levels
+
+try:
+    from kure_lib.tensors import compiled
+except ImportError:  # numba makes it faster, and is not required
+    compiled = None
 
 LARGE = 2**20  # values; a larger tensor has landmarks
 LANDMARKS, TAIL = 2**16, 2**10  # of them in all, and at each end
@@ -33,8 +37,8 @@ class EmpiricalDistribution:
             raise KureError(f"Cannot choose a step for a tensor of shape {tuple(x.shape)}: "
                             "it is empty or holds infinite or NaN values.")  # fmt: skip
         self.values = values
-        self.sums = np.zeros(values.size + 1)
-        self.square_sum = _prefix_sums(values, self.sums)
+        self.sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+        self.square_sum = np.cumsum(np.square(values, dtype=np.float64))[-1]
 
     @property
     def mean_abs(self) -> float:
@@ -89,7 +93,8 @@ class EmpiricalDistribution:
             nearest = level[np.searchsorted(middle, self.values / steps[..., None])]
             return nearest @ self.values, np.square(nearest).sum(-1)
         values, sums, ranks = self.landmarks if rough and self.values.size > LARGE else (self.values, self.sums, None)
-        product, square = _moments(values, sums, ranks, middle, level, steps.ravel())
+        of_levels = compiled.level_moments if compiled else _level_moments
+        product, square = of_levels(values, sums, ranks, middle, level, steps.ravel())
         return product.reshape(steps.shape), square.reshape(steps.shape)
 
     def mse(self, steps: np.ndarray, bits: int, grid: Format, rough: bool = False) -> np.ndarray:
@@ -99,42 +104,16 @@ class EmpiricalDistribution:
         return np.maximum(error, 0) / self.values.size
 
 
-@numba.njit(cache=True)
-def _prefix_sums(values, sums):
-    """Write the sum of the first k values for k = 1 … n behind the zero in `sums`; the sum of all squares."""
-    total = squares = 0.0
-    for i in range(values.size):
-        value = np.float64(values[i])
-        total += value
-        squares += value * value
-        sums[i + 1] = total
-    return squares
-
-
-@numba.njit(cache=True)
-def _moments(values, sums, ranks, middle, level, steps):
-    """Cell after cell for every step; `ranks` are the numbers of values below, where not all values are given."""
-    product, square = np.empty(steps.size), np.empty(steps.size)
-    for s in range(steps.size):
-        first, second, start = 0.0, 0.0, 0
-        for k in range(level.size):
-            end = values.size
-            if k < middle.size:
-                end = _first_from(values, start, values.dtype.type(steps[s] * middle[k]))
-            count = end - start if ranks is None else ranks[end] - ranks[start]
-            first += level[k] * (sums[end] - sums[start])
-            second += level[k] * level[k] * count
-            start = end
-        product[s], square[s] = first, second
-    return product, square
-
-
-@numba.njit(cache=True)
-def _first_from(values, start, threshold):
-    """The first index from `start` on whose value is not below the threshold; without branches to mispredict."""
-    left = values.size - start
-    while left > 1:
-        half = left // 2
-        start += half * (values[start + half - 1] < threshold)
-        left -= half
-    return start + (left == 1 and values[start] < threshold)
+def _level_moments(
+    values: np.ndarray,
+    sums: np.ndarray,
+    ranks: np.ndarray | None,
+    middle: np.ndarray,
+    level: np.ndarray,
+    steps: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `compiled.level_moments` computes, for all steps at once: two arrays of [steps]."""
+    ends = np.searchsorted(values, np.multiply.outer(steps, middle).astype(values.dtype))
+    ends = np.pad(ends, ((0, 0), (1, 1)), constant_values=((0, 0), (0, values.size)))
+    counts = np.diff(ends if ranks is None else ranks[ends])
+    return np.diff(sums[ends]) @ level, counts @ np.square(level)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kure_lib.networks import activations
 from kure_lib.networks.layers import latent_weight, regularized_layers
-from kure_lib.paths import KureError, check_known
+from kure_lib.paths import KureError, check_known, say
 from kure_lib.tensors.kurtosis import kurtoses, kurtosis
 from kure_lib.training.protocol import TrainingMethod
 
@@ -29,13 +29,18 @@ class KurtosisRegularizer(TrainingMethod):
         coefficient: λ.
         reduction: Over layers: "mean" (the paper), "sum" or "max".
         per_channel: Whether each output channel has a kurtosis, whose squared distances are averaged within the layer.
-        layers: Names of the layers to regularize; the default is every convolution but the first.
+        layers: Names of the layers to regularize; the default is every convolution but the first and every linear layer
+            but the last. Of those, layers whose weights are not trained are left out, which is said on stderr, and
+            weights that several layers share count once.
 
     Returns:
-        When it is called: the term as a scalar tensor with gradients.
+        When it is called: the term as a scalar tensor with gradients. Weights may be of any floating-point type; below
+        float32, moments are computed in float32.
 
     Raises:
-        KureError: A layer or the reduction is unknown, or, when it is called, all weights of a layer have one value.
+        KureError: A layer or the reduction is unknown, or there is none to train. When it is called: all weights of a
+            layer have one value, or one is not finite. On a GPU, which would have to be waited for, and in a compiled
+            step the term is NaN instead.
 
     >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3))
     >>> penalty = KurtosisRegularizer(model)
@@ -53,9 +58,10 @@ class KurtosisRegularizer(TrainingMethod):
         layers: Iterable[str] | None = None,
     ):
         check_known("reduction", reduction, REDUCTIONS)
-        chosen = regularized_layers(model) if layers is None else _layers_named(model, layers)
+        chosen = _trained_once(regularized_layers(model) if layers is None else _layers_named(model, layers))
         if not chosen:
-            raise KureError("There is no layer to regularize: the model needs at least two convolutions.")
+            raise KureError("There is no layer to regularize: the model needs trainable weights in a convolution but "
+                            "the first or a linear layer but the last, or name others with layers=.")  # fmt: skip
         self.target, self.coefficient = target, coefficient
         self.reduction, self.per_channel = reduction, per_channel
         self._layers = chosen
@@ -69,14 +75,16 @@ class KurtosisRegularizer(TrainingMethod):
         return self()
 
     def __call__(self) -> Tensor:
+        weights = [latent_weight(layer) for layer in self._layers.values()]
         if self.per_channel:
-            by_layer = [(self._kurtosis(name) - self.target).square().mean() for name in self._layers]
-            return self.coefficient * REDUCTIONS[self.reduction](torch.stack(by_layer))
-        values = kurtoses([latent_weight(layer) for layer in self._layers.values()])
-        if not torch.isfinite(values).all():
+            distances = torch.stack([(kurtoses([w], len(w)) - self.target).square().mean() for w in weights])
+        else:
+            distances = (kurtoses(weights) - self.target).square()
+        waits = distances.device.type != "cpu" or torch.compiler.is_compiling()
+        if not waits and not torch.isfinite(distances).all():
             for name in self._layers:
                 self._kurtosis(name)  # raises for the layer to blame
-        return self.coefficient * REDUCTIONS[self.reduction]((values - self.target).square())
+        return self.coefficient * REDUCTIONS[self.reduction](distances)
 
     def _kurtosis(self, name: str) -> Tensor:
         try:
@@ -91,6 +99,17 @@ def _layers_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     for name in names:
         check_known("layer with weights", name, weighted)
     return {name: weighted[name] for name in names}
+
+
+def _trained_once(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Without those whose weights are frozen, and those whose weights are another's."""
+    trained = {name: layer for name, layer in layers.items() if latent_weight(layer).requires_grad}
+    if frozen := layers.keys() - trained.keys():
+        say(f"KURE leaves out {len(frozen)} of {len(layers)} layers, whose weights are not trained: {min(frozen)} ...")
+    first: dict[int, str] = {}
+    for name, layer in trained.items():
+        first.setdefault(id(layer._parameters.get("weight", layer)), name)
+    return {name: trained[name] for name in first.values()}
 
 
 class ActivationKurtosisRegularizer(TrainingMethod):

@@ -82,7 +82,7 @@ def test_a_wrong_option_names_itself_and_the_allowed_ones(tiny_model, options, s
 
 
 def test_a_model_with_one_convolution_has_nothing_to_regularize():
-    with pytest.raises(KureError, match="at least two convolutions"):
+    with pytest.raises(KureError, match="in a convolution but the first or a linear layer but the last"):
         KurtosisRegularizer(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Linear(8, 8)))
 
 
