@@ -9,6 +9,7 @@ _PLACES = {
     "quantize": "tensors.quantizers",
     "best_step": "tensors.steps",
     "quantized": "quantization.view",
+    "check": "quantization.check",
     "QuantizationSpec": "quantization.spec",
     **dict.fromkeys(("MID_RISE", "MID_TREAD", "SIGNED_INT", "UNSIGNED"), "tensors.grids"),
     "theory": "tensors",

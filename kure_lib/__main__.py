@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from textwrap import shorten
 from typing import NoReturn
 
@@ -60,15 +61,39 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks. Returns the exit code: 0, 1 after an error, 130 if stopped."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["check"]:
+        return check(words[1:])
     asked = arguments(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
         return _run(asked)
     except KeyboardInterrupt:
-        again = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--fresh"]
+        again = [word for word in words if word != "--fresh"]
         command = shlex.join(["./run_all.sh", *again])
         print(f"\nStopped. What was finished is kept; go on with {command}", file=sys.stderr)
         return 130
+
+
+def check(argv: Sequence[str]) -> int:
+    """Print what `quantization.check` finds in a file of weights, and draw it if asked. Returns the exit code."""
+    what = "Kurtosis, distance to uniform and distortion at 8, 4, 3 and 2 bits of every weight tensor in a file."
+    parser = _Parser(prog="python -m kure_lib check", description=what)
+    parser.add_argument("weights", type=Path, help="a safetensors file")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw it into this file")
+    asked = parser.parse_args(argv)
+    from kure_lib.paths import KureError
+    from kure_lib.quantization.check import check_file
+
+    try:
+        found = check_file(asked.weights)
+        print(found)
+        if asked.figure:
+            found.figure().savefig(asked.figure, dpi=150)
+    except (KureError, OSError, ValueError) as error:  # of a figure that cannot be written there, or not in this format
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _run(asked: argparse.Namespace) -> int:

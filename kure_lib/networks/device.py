@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchvision
 
 from kure_lib.paths import ROOT
 
@@ -59,6 +58,8 @@ def single_thread() -> Iterator[None]:
 
 def provenance() -> dict[str, Any]:
     """Versions, machine, arithmetic and commit, as a record keeps them."""
+    import torchvision  # which a network of the user's own does not need
+
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     place = device()
     return {

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kure_lib.networks import activations, data, device
+from kure_lib.networks import activations, device
 from kure_lib.paths import KureError
 from kure_lib.quantization.spec import IMAGES
 from kure_lib.tensors.grids import UNSIGNED
@@ -21,6 +21,8 @@ def images(name: str, size: int = IMAGES) -> tuple[Tensor, Tensor]:
 
     Raises `KureError` if there are none.
     """
+    from kure_lib.networks import data  # needs torchvision, which a network of the user's own does not
+
     batch, labels = next(data.load(name, "train").head(size).batches(max(size, 1)), (torch.empty(0), None))
     if not len(batch):
         raise KureError("The calibration set is empty: give at least one image.")
