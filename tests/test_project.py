@@ -2,11 +2,14 @@
 
 import ast
 import hashlib
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from functools import cache
 from importlib import import_module
 from importlib.metadata import distributions, packages_distributions
@@ -71,9 +74,18 @@ def test_every_package_is_pinned_exactly_and_once():
     assert len(lines) == len(pins())
 
 
-def test_pip_conda_and_the_package_share_the_pins():
-    assert PROJECT["project"]["dynamic"] == ["dependencies"]
-    assert PROJECT["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": "requirements.txt"}
+def test_pip_conda_and_the_package_name_the_same_packages():
+    """The extras are what requirements.txt pins by hand: its last section follows from the others."""
+    by_hand, _ = (ROOT / "requirements.txt").read_text().split("# what the packages above need")
+    study, tools = by_hand.split("# tests and hooks")
+    project = PROJECT["project"]
+    extras = {name: {*map(Requirement, each)} for name, each in project["optional-dependencies"].items()}
+    named = {name: {each.name for each in extra if each.name != "kure_lib"} for name, extra in extras.items()}
+    core = {Requirement(each).name for each in project["dependencies"]}
+    assert core | named["fast"] | named["study"] == set(re.findall(r"^[\w-]+(?===)", study, re.MULTILINE))
+    assert named["dev"] == set(re.findall(r"^[\w-]+(?===)", tools, re.MULTILINE))
+    for requirement in map(Requirement, project["dependencies"]):
+        assert INSTALLED[requirement.name].version in requirement.specifier
     python, pip, packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     assert packages == {"pip": ["-r requirements.txt"]} and pip == "pip"
     assert python in [f"python={minor}" for minor in MINORS]  # one version, because repo2docker reads no ranges
@@ -141,6 +153,69 @@ def test_everything_imported_is_pinned():
     foreign = {name.split(".")[0] for file in files for name in imported(file)} - own - set(sys.stdlib_module_names)
     packages = packages_distributions()
     assert {name for name in foreign if canonicalize_name(packages[name][0]) not in pins()} == set()
+
+
+# The package
+
+
+ALONE = """
+import importlib.metadata, sys
+from importlib.machinery import PathFinder
+from packaging.requirements import Requirement
+
+def needed(name, found):
+    for each in map(Requirement, importlib.metadata.requires(name) or []):
+        if each.name not in found and (not each.marker or each.marker.evaluate({"extra": ""})):
+            found.add(each.name)
+            needed(each.name, found)
+    return found
+
+own = {name.replace("-", "_").lower() for name in needed("kure_lib", {"kure_lib"})}
+known = importlib.metadata.packages_distributions()
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        owners = {owner.replace("-", "_").lower() for owner in known.get(name.split(".")[0], [])}
+        return None if owners and not owners & own else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Finder() if each is PathFinder else each for each in sys.meta_path]
+import kure_lib, torch
+from torch import nn
+
+assert kure_lib.__file__.startswith(sys.argv[1]), kure_lib.__file__
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16 * 36, 10))
+nn.init.normal_(model[1].weight, std=0.1)
+penalty, x = kure_lib.KurtosisRegularizer(model), torch.randn(4, 1, 10, 10)
+optimizer, terms = torch.optim.SGD(model.parameters(), 0.01), [penalty().item()]
+for _ in range(3):
+    optimizer.zero_grad()
+    (0.01 * model(x).square().mean() + penalty()).backward()
+    optimizer.step()
+    terms.append(penalty().item())
+assert terms == sorted(terms, reverse=True), terms
+with kure_lib.quantized(model, weight_bits=3) as few:
+    assert few[1].weight.unique().numel() <= 8
+print(kure_lib.check(model).layers[1].name, "numba" in sys.modules)
+from kure_lib.findings import __path__ as findings
+print((__import__("pathlib").Path(findings[0]) / "claims.toml").is_file())
+"""
+
+
+def test_the_wheel_alone_trains_with_what_it_says_it_needs(tmp_path):
+    """Installed into an empty folder, with every package out of reach that its metadata do not name."""
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
+    copied = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "results", "data", "tests"))
+    subprocess.run([*build, tmp_path, copied], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed = {*zipfile.ZipFile(wheel).namelist()}
+    assert {str(module.relative_to(ROOT)) for module in MODULES} <= installed
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    (tmp_path / "alone.py").write_text(ALONE)
+    command = [sys.executable, "alone.py", str(tmp_path / "installed")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "HOME": str(tmp_path)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.split()) == (0, ["1", "False", "True"]), ended.stderr
 
 
 # The library
