@@ -119,6 +119,16 @@ def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = fi
     display(Image(image.getvalue(), width=round(100 * fig.get_figwidth()), alt=name.replace("_", " ")))
 
 
+def kept(name: str) -> None:
+    """Show a figure that another notebook keeps, or a sentence where that was not executed under this profile."""
+    file = paths.results() / "figures" / f"{name}.png"
+    if file.is_file():
+        width = round(100 * plt.imread(file).shape[1] / DPI)  # as wide as `figure` shows it
+        display(Image(file.read_bytes(), width=width, alt=name.replace("_", " ")))
+    else:
+        display(Markdown(f"*The figure {name} is missing: its notebook was not executed under this profile.*"))
+
+
 def table(
     frame: pd.DataFrame, name: str, caption: str | None = None, tidy: pd.DataFrame | None = None,
     tolerance: float = files.RELATIVE_TOLERANCE,

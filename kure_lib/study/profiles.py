@@ -176,6 +176,7 @@ PARAMETERS = {
 
 #: Parts of the plan that a notebook reads; a notebook that is not named here trains nothing.
 NEEDS = {
+    "00": {"main"},
     "02": {"main"},
     "04": {"main", "coefficient", "scratch"},
     "05": {"main", "target", "coefficient"},

@@ -90,6 +90,17 @@ def test_a_figure_appears_once_in_a_notebook(results_folder):
     assert "image/png" in outputs[0].data
 
 
+def test_a_figure_kept_by_one_notebook_is_shown_by_another(results_folder, monkeypatch):
+    shown = []
+    monkeypatch.setattr(show, "display", shown.append)
+    show.kept("curve")
+    draw(curve())
+    show.kept("curve")
+    missing, drawn, again = shown
+    assert "not executed under this profile" in missing.data
+    assert (again.data, again.width, again.alt) == (drawn.data, drawn.width, drawn.alt)
+
+
 def test_check_mode_passes_on_equal_figures_and_writes_nothing(results_folder, checked):
     draw(curve())
     before = checked()

@@ -26,7 +26,7 @@ from kure_lib.tensors.grids import (
 )
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.samples import LARGE, EmpiricalDistribution
-from kure_lib.tensors.steps import PER_CHANNEL, best_step, mse_curve, power_of_two
+from kure_lib.tensors.steps import PER_CHANNEL, best_step, distortion, mse_curve, power_of_two
 
 EVERY_GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 
@@ -80,6 +80,13 @@ def test_the_curve_is_the_error_of_the_quantizer_itself(grid, bits):
     for step in (0.01, 0.3, 1.7):
         error = (x - quantize(x, step, bits, grid)).square().mean().item()
         assert mse_curve(x, step, bits, grid).item() == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_distortion_is_the_least_error_of_any_step_in_parts_of_the_variance(scale):
+    x = scale * (draw("laplace", 40, MID_RISE) + 0.3)
+    least = all_best(x, 3, MID_TREAD) / x.var()
+    assert distortion(torch.from_numpy(x), 3, MID_TREAD) == pytest.approx(least, rel=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
