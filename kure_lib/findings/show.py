@@ -68,6 +68,9 @@ LINE: dict[str, dict[str, Any]] = {
     "lapq": {"color": "#56B4E9", "linestyle": "--", "marker": "s"},
     "per channel": {"color": "#CC79A7", "linestyle": ":", "marker": "^"},
     "practice": {"color": "#009E73", "linestyle": "-.", "marker": "D"},
+    # other ways to choose the step of a tensor
+    "third norm": {"color": "#8C6D00", "linestyle": ":", "marker": "v"},
+    "re-estimated": {"color": "#5D3A9B", "linestyle": "-", "marker": "P"},
     # published values beside ours
     "paper": {"color": "#000000", "linestyle": ":", "marker": "x"},
 }

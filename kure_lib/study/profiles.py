@@ -161,14 +161,14 @@ ONLY_TRAINED = ("large",)  # profiles without notebooks
 PARAMETERS = {
     "smoke": {
         "02": {"image_count": 50},
-        "06": {"points": 3},
+        "06": {"points": 3, "calibration": 32},
         "07": {"settings": "3/FP", "calibration": 32},
         "09": {"points": 3},
         "11": {"rows": 128},
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "images": 500},
     },
     "quick": {
-        "06": {"points": 9},
+        "06": {"points": 9, "calibration": 64},
         "07": {"settings": "3/FP 4/4", "calibration": 64},
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0, 1.2], "images": 2000},
     },
