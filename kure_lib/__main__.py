@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -33,7 +34,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; a mistake ends the process with one sentence and exit code 2."""
     parser = _Parser(
         prog="./run_all.sh",
-        description="Train what is missing, execute the notebooks, print the scoreboard, build the report.",
+        description="Train what is missing, execute the notebooks, print the scoreboard, build the site.",
         epilog="profiles:\n" + "\n".join(f"  {name:10}{meaning}" for name, meaning in PROFILES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -42,13 +43,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NN", help="these notebooks only, as in --only 05 07")
     parser.add_argument("--fresh", action="store_true", help="ignore what is on record, train it anew")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="train N networks at the same time")
+    parser.add_argument("--open", action="store_true", help="show the site in a browser when it is built")
     parser.add_argument("--conda", action="store_true", help="take Python from conda, mamba or micromamba")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="show what would run and for how long")
     instead.add_argument("--bench", action="store_true", help="measure speed (tests/benchmarks)")
     instead.add_argument("--test", action="store_true", help="run every test and a smoke study")
-    instead.add_argument("--manifest", action="store_true", help="write down anew which results are committed: "
-                         "results/study/MANIFEST.sha256")  # fmt: skip
+    instead.add_argument("--manifest", action="store_true", help="write down anew every accuracy on record and which "
+                         "results are committed: results/study/evaluations.csv and MANIFEST.sha256")  # fmt: skip
     instead.add_argument("--lab", nargs="?", const="", metavar="NN", help="open JupyterLab on the notebooks, or on one "
                          "of them; options after -- are for JupyterLab, as in --lab 05 -- --no-browser")  # fmt: skip
     words = sys.argv[1:] if argv is None else argv
@@ -108,8 +110,9 @@ def _run(asked: argparse.Namespace) -> int:
         if asked.bench:
             return _python("-m", "pytest", "-m", "benchmark", "tests/benchmarks")
         if asked.manifest:
-            from kure_lib.study import manifest
+            from kure_lib.study import evaluations, manifest
 
+            evaluations.write("study")
             changed = manifest.write(paths.RESULTS / "study")
             print(
                 "\n".join([*changed, f"{len(changed)} files are new, changed or gone: commit the manifest with them."])
@@ -123,8 +126,10 @@ def _run(asked: argparse.Namespace) -> int:
             return 0
         if asked.profile in profiles.ONLY_TRAINED:
             return _train(asked)
-        report = driver.run(asked.profile, only=asked.only, fresh=asked.fresh, jobs=asked.jobs)
-        print(f"\n{scoreboard()}\n\nReport: {report}")
+        site = driver.run(asked.profile, only=asked.only, fresh=asked.fresh, jobs=asked.jobs)
+        print(f"\n{scoreboard()}\n\nSite: {site}")
+        if asked.open:
+            webbrowser.open(site.as_uri())
         return 0
     except paths.KureError as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -196,6 +196,6 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
         sentence = f"Another study is writing to {paths.results()}: wait until it is done, or stop it."
         raise KureError(sentence) from None
     if failed:
-        summary = f"{len(failed)} of {len(stems)} notebooks failed, the report {page} shows what came of the others."
+        summary = f"{len(failed)} of {len(stems)} notebooks failed, the site {page} shows what came of the others."
         raise KureError("\n".join([summary, *failed]))
     return page

@@ -99,6 +99,18 @@ def keep(path: Path, text: str, tolerance: float = RELATIVE_TOLERANCE) -> None:
         raise KureError(f"{path} differs from its notebook, {difference}: find the cause, or {remedy}.")
 
 
+def fill(path: Path, begin: str, end: str, text: str) -> None:
+    """Keep a Markdown file with `text` between the lines `begin` and `end`, and nothing else in it changed.
+
+    Raises `KureError` naming the file if it lacks one of them.
+    """
+    before, opened, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise KureError(f"{path} lacks the lines {begin} and {end}: put them where this belongs.")
+    keep(path, f"{before}{begin}\n{text.strip()}\n{end}{after}")
+
+
 def _cells(path: Path, text: str) -> pd.DataFrame:
     """The cells, as text, of a CSV file, of the lines of a Markdown file, or of a JSON object as a table of one row."""
     if path.suffix == ".csv":

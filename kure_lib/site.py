@@ -1,177 +1,249 @@
-"""The report of a profile: one page with verdicts, figures and tables, and one for every executed notebook.
+"""The site of a profile: its notebooks, verdicts, figures and tables, and an explorer of every accuracy on record.
 
-The pages hold their styles and show formulae as MathML, so they need no network, only the results beside them.
+Sphinx builds it from the templates in `docs/` and the executed notebooks, a warning being an error. It needs no server
+and no network: it can be opened, searched and sent as a folder of files.
 """
 
+import json
 import os
 import re
-from collections.abc import Container, Iterable
-from functools import partial
-from html import escape
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import nbformat
-from latex2mathml.converter import convert as mathml
-from nbconvert import HTMLExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-from pygments.formatters import HtmlFormatter
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from scipy.stats import t as student_t
 
 from kure_lib import files, notebooks, paths
-from kure_lib.findings import verdicts
+from kure_lib.findings import answer, show, verdicts
+from kure_lib.paths import KureError
+from kure_lib.study import evaluations
+from kure_lib.tensors.grids import Bits
 
-STYLE = """
-:root { --faint: #66707a; --line: #dde1e5; }
-body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 6rem; color: #1d2329; background: #fff;
-       font: 16px/1.55 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.25; }
-a { color: #0072b2; text-decoration: none; } a:hover { text-decoration: underline; }
-nav, .faint, figcaption { color: var(--faint); font-size: .9em; } nav a { margin-right: 1.2em; }
-table { border-collapse: collapse; margin: 1em 0; font-size: .92em; }
-th, td { padding: .35em .7em; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-ul.plain { list-style: none; padding: 0; } .scroll, pre { overflow-x: auto; } pre { font-size: .86em; }
-td b { white-space: nowrap; } td b::before { content: "● "; }
-.holds, .yes { color: #00785a; } .mixed { color: #a86f00; } .fails, .no { color: #c04a00; }
-.undecided, .not { color: var(--faint); }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1.5rem; }
-figure { margin: 0; } img { max-width: 100%; height: auto; } math[display=block] { overflow-x: auto; }
-.input_area { background: #f6f7f8; border-left: 3px solid var(--line); padding: .1em 1em; }
-.prompt, .output_stderr { display: none; }
-#code:not(:checked) ~ main .input { display: none; }
-"""
-EARLIER = "These notebooks could not be executed; what is shown of them, if anything, is of an earlier time."
-
-
-class _Markdown(IPythonRenderer):
-    """Turns Markdown into HTML, with formulae as MathML and links relative to the report's folder."""
-
-    def __init__(self, folder: Path):
-        super().__init__(escape=False, exclude_anchor_links=True)
-        self.folder = folder
-
-    def inline_math(self, body: str) -> str:
-        return _formula(body, "inline")
-
-    def block_math(self, body: str) -> str:
-        return _formula(body, "block")
-
-    def link(self, text: str, url: str, title: str | None = None) -> str:
-        if re.fullmatch(r"\d\d_\w+\.ipynb(#.*)?", url):
-            url = url.replace(".ipynb", ".html")
-        elif not re.match(r"[a-z]+:|#", url):
-            url = os.path.relpath(paths.NOTEBOOKS / url, self.folder)
-        return super().link(text, url, title)
+DOCS = paths.ROOT / "docs"
+HERO = "gain_by_pipeline"
+BUNDLE = "window.vegaEmbed = vegaEmbed;"  # what the explorer needs of Vega
+STEP_RULES = {
+    "mse": "plain: least squared error", "lapq": "LAPQ", "mx": "block scale of MX", "nvfp4": "block scale of NVFP4",
+    "max_abs": "largest weight", "percentile": "percentile", "dorefa": "as trained", "lsq": "as trained",
+}  # fmt: skip
+STEPS_OF = {
+    "power_of_two": "power-of-two steps",
+    "bias_correction": "bias correction",
+    "fold_batch_norm": "batch norms folded",
+    "reestimate_batch_norm": "batch norms re-estimated",
+}
+GRIDS = {"mid_rise": "mid-rise (2^M levels)", "mid_tread": "mid-tread (2^M + 1)", "signed_int": "signed integers"}
 
 
 def build(profile: str, failed: Iterable[str] = ()) -> Path:
-    """Write the report on whatever lies in `results/<profile>/`; returns its first page.
+    """Write the site on whatever lies in `results/<profile>/`; returns its first page.
 
-    `failed` says what went wrong with each notebook that could not be executed, in its first line.
+    `failed` says what went wrong with each notebook that could not be executed, in its first line. Raises `KureError`
+    with Sphinx's first warning if a notebook cannot be shown.
     """
     paths.use_profile(profile)
-    folder = paths.results() / "report"
-    pages = _notebook_pages(folder)
-    index = folder / "index.html"
-    lost = [f"<li>{escape(reason.splitlines()[0])}" for reason in failed]
-    contents = [f"<li>{_link(f'{stem}.html', title)}" for stem, title in pages.items()]
-    sections = [
-        f"<p>What became of the paper's claims when tried again, under the profile {escape(profile)}.</p>",
-        _section("Failed", f"<p>{EARLIER}</p><ul class=plain>", lost, "</ul>"),
-        _section("Verdicts", "<div class=scroll><table>", _verdicts(pages), "</table></div>"),
-        _section("Notebooks", "<ul class=plain>", contents, "</ul>"),
-        _section("Figures", "<div class=gallery>", _figures(), "</div>"),
-        _section("Tables", "<div>", _tables(folder), "</div>"),
-    ]
-    _write(index, "One model to rule them all, reproduced", "\n".join(sections))
-    return index
+    site = paths.results() / "site"
+    files.make_folder(site.parent)
+    found = evaluations.write(profile)
+    books = _books()
+    pages = {stem: _title(stem, book) for stem, book in books.items()}
+    gallery: list[dict[str, Any]] = [{"title": pages[stem], **_made(stem, book)} for stem, book in books.items()]
+    hero = next((figure for page in gallery for figure in page["figures"] if figure["name"] == HERO), None)
+    values = {
+        "profile": profile, "intro": _introduction(), "failed": [reason.splitlines()[0] for reason in failed],
+        "hero": hero, "findings": _findings(pages), "boards": _boards(pages), "pages": pages,
+        "gallery": gallery, "evaluations": len(found), "columns": evaluations.COLUMNS, "kinds": verdicts.KINDS,
+        "rule": verdicts.RULE, "chance": verdicts.CHANCE, "changed": verdicts.changed_after_looking(),
+        "claims": verdicts.claims().values(),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix=".site.", dir=site.parent) as folder:
+        source, html = Path(folder) / "source", Path(folder) / "html"
+        (source / "notebooks").mkdir(parents=True)
+        templates = Environment(loader=FileSystemLoader(DOCS), undefined=StrictUndefined, trim_blocks=True)
+        for name in templates.list_templates(extensions=["md"]):
+            (source / name).write_text(templates.get_template(name).render(values), encoding="utf-8")
+        for stem, book in books.items():
+            nbformat.write(_page(book, pages, site / "notebooks"), source / "notebooks" / f"{stem}.ipynb")
+        _sphinx(source, html)
+        for name in ("figures", "tables"):
+            if (paths.results() / name).is_dir():
+                shutil.copytree(paths.results() / name, html / name, ignore=shutil.ignore_patterns("*.md"))
+        if len(found):
+            shutil.copy(paths.results() / "evaluations.csv", html)
+        (html / "_static" / "explorer-data.js").write_text(f"const EXPLORER = {_explorer(found)};\n", encoding="utf-8")
+        (html / "_static" / "vega.js").write_text(_vega(), encoding="utf-8")
+        shutil.rmtree(site, ignore_errors=True)
+        html.replace(site)
+    return site / "index.html"
 
 
-def _notebook_pages(folder: Path) -> dict[str, str]:
-    """Write a page for every executed notebook; returns their titles by stem, in reading order."""
-    files = {stem: paths.results() / "notebooks" / f"{stem}.ipynb" for stem in notebooks.available()}
-    books = {stem: nbformat.read(file, as_version=4) for stem, file in files.items() if file.is_file()}
-    titles = {stem: book.cells[0].source.partition("\n")[0].lstrip("# ") for stem, book in books.items()}
-    stems = list(books)
-    for i, stem in enumerate(stems):
-        exporter = HTMLExporter(template_name="basic", filters={"markdown2html": partial(_html, folder=folder)})
-        body, _ = exporter.from_notebook_node(books[stem])
-        neighbours = stems[max(i - 1, 0) : i] + stems[i + 1 : i + 2]
-        links = [_link("index.html", "Report"), *(_link(f"{near}.html", titles[near]) for near in neighbours)]
-        switch = "<input type=checkbox id=code> <label for=code>Show the code</label>"
-        page = f"<nav>{''.join(links)}</nav>\n{switch}\n<main>{body}</main>"
-        _write(folder / f"{stem}.html", titles[stem], page)
-    return titles
+def _books() -> dict[str, nbformat.NotebookNode]:
+    """Every executed notebook, in reading order; those of the study are committed as executed."""
+    folders = [paths.results() / "notebooks", *([paths.NOTEBOOKS] if paths.profile() == "study" else [])]
+    found = {}
+    for stem in notebooks.available():
+        copies = [file for folder in folders if (file := folder / f"{stem}.ipynb").is_file()]
+        if copies:
+            found[stem] = nbformat.read(max(copies, key=lambda file: file.stat().st_mtime), as_version=4)
+    return found
 
 
-def _verdicts(pages: Container[str]) -> list[str]:
-    rows = ["<tr><th><th>Claim or question<th>Verdict<th>Decided by<th>Notebook"]
-    for row in verdicts.scoreboard().to_dict("records"):
-        stems = row["notebook"].split(", ")
-        links = " ".join(_link(f"{stem}.html", stem[:2]) if stem in pages else stem[:2] for stem in stems)
-        claim, outcome, number, evidence = (
-            escape(row[name]) for name in ("statement", "outcome", "decided_by", "evidence")
-        )
-        folded = f"<details><summary>why</summary>{evidence}</details>" if evidence else ""
-        cells = [row["id"], claim, f"<b class='{outcome}'>{outcome}</b>", number + folded, links]
-        rows.append("<tr><td>" + "<td>".join(cells))
-    return rows
+def _title(stem: str, book: nbformat.NotebookNode) -> str:
+    first = book.cells[0].source.partition("\n")[0] if book.cells else ""
+    return first.lstrip("# ") if first.startswith("# ") else stem
 
 
-def _figures() -> list[str]:
-    """Every figure with a link to the numbers it plots."""
+def _made(stem: str, book: nbformat.NotebookNode) -> dict[str, list[dict[str, str]]]:
+    """The figures and tables on disk that a notebook's cells make, each with its section and a link to its cell."""
+    made: dict[str, list[dict[str, str]]] = {"figures": [], "tables": []}
+    section = _title(stem, book)
+    for cell in book.cells:
+        if cell.cell_type == "markdown":
+            section = [section, *re.findall(r"^#+ (.+)", cell.source, re.MULTILINE)][-1]
+            continue
+        for kind, name in _results(cell.source):
+            text = paths.results() / kind / f"{name}.md"
+            words = name.replace("_", " ").strip().capitalize()
+            made[kind].append({
+                "name": name, "words": words, "section": section, "link": f"notebooks/{stem}.html#{name}",
+                "text": text.read_text(encoding="utf-8") if kind == "tables" else "",
+            })  # fmt: skip
+    return made
+
+
+def _results(source: str) -> list[tuple[str, str]]:
+    """The figures and tables on disk whose names a cell gives to `show`, by kind and name."""
+    suffixes = {"figures": "png", "tables": "md"}
     return [
-        f"<figure><img src='../figures/{file.name}' alt='{_words(file)}' loading=lazy>"
-        f"<figcaption>{_words(file)} · {_link(f'../figures/{file.stem}.csv', 'data')}</figcaption></figure>"
-        for file in sorted((paths.results() / "figures").glob("*.png"))
+        (f"{kind}s", name)
+        for kind, arguments in re.findall(r"show\.(figure|table)\((.*?)(?=show\.|\Z)", source, re.DOTALL)
+        for name in re.findall(r'"(\w+)"', arguments)
+        if (paths.results() / f"{kind}s" / f"{name}.{suffixes[f'{kind}s']}").is_file()
     ]
 
 
-def _tables(folder: Path) -> list[str]:
-    """Every table as its notebook shows it, with a link to its numbers."""
-    return [
-        f"<h3>{_words(file)}</h3><div class=scroll>{_html(file.read_text(encoding='utf-8'), folder)}</div>"
-        f"<p class=faint>{_link(f'../tables/{file.stem}.csv', 'data')}</p>"
-        for file in sorted((paths.results() / "tables").glob("*.md"))
-    ]
+def _page(book: nbformat.NotebookNode, pages: dict[str, str], folder: Path) -> nbformat.NotebookNode:
+    """The notebook as the site in `folder` shows it: one title, code folded, an anchor before whatever is kept."""
+    text, code = nbformat.v4.new_markdown_cell, "code"
+    cells = [] if book.cells and book.cells[0].source.startswith("# ") else [text(f"# {_title('Notebook', book)}")]
+
+    def linked(link: re.Match) -> str:
+        if Path(link[2]).stem in pages and link[2].endswith(".ipynb"):
+            return link[0]
+        target = os.path.relpath(paths.NOTEBOOKS / link[2], folder)
+        return f'<a href="{target}">{link[1]}</a>'
+
+    for i, cell in enumerate(book.cells):
+        if cell.cell_type == code:
+            made = _results(cell.source)
+            cells += [text("\n".join(f'<span id="{name}"></span>' for _, name in made))] if made else []
+            words = " and ".join(name.replace("_", " ") for _, name in made) or "figure"
+            cell.metadata.setdefault("tags", []).append("hide-input")
+            cell.metadata["mystnb"] = {"image": {"alt": words}}
+        else:
+            demoted = re.sub(r"^# ", "## ", cell.source) if i else cell.source
+            cell.source = re.sub(r"\[([^]]+)\]\((?!\w+:|#)([^)#\s]+)\)", linked, demoted)
+        cells.append(cell)
+    language = {"name": "python", "pygments_lexer": "ipython3"}  # what a notebook never executed lacks
+    return nbformat.v4.new_notebook(cells=cells, metadata={**book.metadata, "language_info": language})
 
 
-def _section(heading: str, start: str, parts: list[str], end: str) -> str:
-    """A section, or nothing if it would be empty."""
-    return "\n".join([f"<h2>{heading}</h2>", start, *parts, end]) if parts else ""
+def _introduction() -> str:
+    """The opening of the README, up to its figure."""
+    opening = (paths.ROOT / "README.md").read_text(encoding="utf-8").partition("\n[![")[0]
+    return opening.partition("\n")[2].strip()
 
 
-def _html(markdown: str, folder: Path) -> str:
-    return MarkdownWithMath(renderer=_Markdown(folder)).render(markdown)
-
-
-def _formula(tex: str, display: str) -> str:
-    """MathML, or the TeX itself if it is more than the converter knows."""
+def _findings(pages: dict[str, str]) -> str:
+    """What was found, where the verdicts of this profile are those that the sentences suppose."""
     try:
-        return mathml(tex, display=display)
-    except Exception:  # the converter has no common class of errors
-        return f"<code>{escape(tex)}</code>"
+        found = answer.markdown("notebooks/")
+    except KureError:
+        return ""
+    return found if set(re.findall(r"notebooks/(\w+)", found)) <= set(pages) else ""
 
 
-def _link(url: str, text: str) -> str:
-    return f"<a href='{escape(url)}'>{escape(text)}</a>"
+def _boards(pages: dict[str, str]) -> list[dict[str, Any]]:
+    """The paper's claims and the readers' questions, each with how often every outcome occurs."""
+    boards = []
+    rows = verdicts.scoreboard().to_dict("records")
+    for row in rows:
+        stems = row["notebook"].split(", ")
+        row["notebooks"] = [
+            f'<a href="notebooks/{stem}.html" title="{pages[stem]}">{stem[:2]}</a>' if stem in pages else stem[:2]
+            for stem in stems
+        ]
+    for title, asked in (("The paper's claims", False), ("Its readers' questions", True)):
+        chosen = [row for row in rows if verdicts.claims()[row["id"]].is_question is asked]
+        counts = Counter(row["outcome"] for row in chosen)
+        order = [*verdicts.OUTCOMES, *verdicts.ANSWERS.values()]
+        found = {outcome: counts[outcome] for outcome in order if outcome in counts}
+        boards.append({"title": title, "rows": chosen, "counts": found})
+    return boards
 
 
-def _words(file: Path) -> str:
-    return escape(file.stem.replace("_", " ").capitalize())
+def _explorer(found: pd.DataFrame) -> str:
+    """What the explorer shows, as JSON: control and KURE of the main arms and of quantization-aware training."""
+    asked = found.part.isin(["main", "qat"]) & found.arm.isin(["control", "kure"])
+    kept = found[asked & (found.activation_ratio == 1) & ~(found.weight_bits.isna() & found.activation_bits.isna())]
+    both = kept[["weight_bits", "activation_bits"]].itertuples(index=False)
+    shown = pd.DataFrame({
+        "model": kept.model.map(show.NAME),
+        "trained": kept.trained_with.where(kept.trained_with != "", "in full precision"),
+        "bits": [str(Bits(*(None if pd.isna(each) else each for each in widths))) for widths in both],
+        "grid": kept.grid.map(lambda name: GRIDS.get(name) or show.NAME[name]), "scope": kept.scope,
+        "pipeline": [_pipeline(row) for row in kept.to_dict("records")], "ratio": kept.step_ratio,
+        "arm": kept.arm, "seed": kept.seed, "top1": kept.top1,
+    })  # fmt: skip
+    shown = shown.sort_values(["pipeline", "bits"], key=lambda column: column.map(_order), kind="stable")
+    most = int(shown.groupby([*shown.columns[:-2]]).size().max()) if len(shown) else 1
+    return json.dumps({
+        "columns": list(shown), "rows": shown.values.tolist(),
+        "quantiles": {n: student_t.ppf(0.975, n - 1) for n in range(2, most + 1)},
+        "looks": {
+            arm: {"name": show.NAME[arm], "color": show.COLOR[arm], "dash": [] if arm == "kure" else [5, 3]}
+            for arm in ("control", "kure")
+        },
+        "first": {"bits": "3/FP", "pipeline": STEP_RULES["mse"], "scope": "per tensor", "grid": GRIDS["mid_rise"]},
+    }, ensure_ascii=False, allow_nan=False)  # fmt: skip
 
 
-def _write(path: Path, title: str, body: str) -> None:
-    """Write a page; a body without a heading of its own gets the title as one."""
-    style = STYLE + HtmlFormatter().get_style_defs(".highlight")
-    heading = "" if "<h1" in body else f"<h1>{escape(title)}</h1>"
-    page = f"""<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content='width=device-width'>
-<title>{escape(title)}</title>
-<style>{style}</style>
-<body>
-{heading}
-{body}
-</html>
-"""
-    files.write_atomically(path, page)
+def _pipeline(row: Mapping[Any, Any]) -> str:
+    """Everything that the other menus do not say, in words."""
+    rule = STEP_RULES.get(row["step_rule"]) or row["step_rule"].replace("aciq", "ACIQ").replace("lp:", "Lp error, p = ")
+    made = [f"from an 8-bit copy ({row['rounding']})"] if row["rounding"] and pd.notna(row["rounding"]) else []
+    return ", ".join([rule, *(words for name, words in STEPS_OF.items() if row[name]), *made])
+
+
+def _order(value: Any) -> tuple:
+    """Plain before all else, few words before many; weight-only bits before others."""
+    text = str(value)
+    return (not text.startswith("plain"), text.count(","), not text.endswith("/FP"), text)
+
+
+def _vega() -> str:
+    """The libraries that draw the explorer, as one script; made once and kept."""
+    kept = paths.cache() / f"vega-{version('vl-convert-python')}.js"
+    if not kept.is_file():
+        import vl_convert
+
+        files.write_atomically(kept, f"(() => {{{vl_convert.javascript_bundle(BUNDLE)}}})();\n")  # no names leak
+    return kept.read_text(encoding="utf-8")
+
+
+def _sphinx(source: Path, html: Path) -> None:
+    command: list[Any] = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "-c", DOCS, source, html]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=source)
+    if built.returncode:
+        wrong = (built.stderr or built.stdout).strip().splitlines() or [f"exit code {built.returncode}"]
+        sentence = wrong[0].replace(f"{source}{os.sep}", "")
+        raise KureError(f"The site could not be built: {sentence}. Mend the page that it names.")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import webbrowser
 from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
@@ -89,6 +90,17 @@ def test_stopping_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(driver, "run", interrupted)
     assert command_line.main(["--profile", "smoke", "--fresh", "--jobs", "2"]) == 130
     assert capsys.readouterr().err.endswith("go on with ./run_all.sh --profile smoke --jobs 2\n")
+
+
+def test_the_site_is_shown_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(driver, "run", lambda *arguments, **options: tmp_path / "index.html")
+    monkeypatch.setattr(command_line, "scoreboard", lambda: "the board")
+    monkeypatch.setattr(webbrowser, "open", shown.append)
+    assert command_line.main(["--profile", "smoke"]) == 0
+    assert f"Site: {tmp_path / 'index.html'}" in capsys.readouterr().out and shown == []
+    assert command_line.main(["--profile", "smoke", "--open"]) == 0
+    assert shown == [f"file://{tmp_path}/index.html"]
 
 
 def test_a_failed_part_fails_the_tests_and_the_last_line_says_which(monkeypatch, capsys):

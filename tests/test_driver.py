@@ -212,7 +212,7 @@ def book(*cells: str) -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)], metadata=kernel)
 
 
-def test_a_notebook_that_fails_spares_the_others_and_the_report(results_folder, tmp_path, monkeypatch):
+def test_a_notebook_that_fails_spares_the_others_and_the_site(results_folder, tmp_path, monkeypatch):
     books = {"00_first": book("1 + 1"), "05_broken": book("1 / 0"), "03_whole": book("2 + 2"), "08_torn": book("x")}
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     paths.NOTEBOOKS.mkdir()
@@ -228,7 +228,7 @@ def test_a_notebook_that_fails_spares_the_others_and_the_report(results_folder, 
         driver.run("smoke", jobs=2)
     folder = paths.results()
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("2 of 4 notebooks failed") and str(folder / "report" / "index.html") in lines[0]
+    assert lines[0].startswith("2 of 4 notebooks failed") and str(folder / "site" / "index.html") in lines[0]
     assert (
         "Notebook 05_broken failed in the cell that begins with `1 / 0`: ZeroDivisionError: division by zero" in lines
     )
@@ -237,5 +237,5 @@ def test_a_notebook_that_fails_spares_the_others_and_the_report(results_folder, 
     assert {file.stem for file in (folder / "notebooks").glob("*.ipynb")} == {
         "00_first", "05_broken.partial", "03_whole", "08_torn.partial"
     }  # fmt: skip
-    index = (folder / "report" / "index.html").read_text()
+    index = (folder / "site" / "index.html").read_text()
     assert "ZeroDivisionError: division by zero" in index

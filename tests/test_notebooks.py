@@ -11,7 +11,6 @@ import nbformat
 import pytest
 
 from kure_lib import notebooks, paths
-from kure_lib import site as report
 from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 from kure_lib.quantization.spec import QuantizationSpec
@@ -110,17 +109,6 @@ def test_its_links_lead_somewhere(stem):
     assert [target for target in targets if not (paths.NOTEBOOKS / target).exists()] == []
 
 
-def test_its_formulae_can_be_shown_without_a_network(stem, monkeypatch):
-    unknown = []
-    formula = report._formula
-    monkeypatch.setattr(report, "_formula", lambda tex, display: unknown.append(tex) or formula(tex, display))
-    texts = [cell.source for cell in read(stem).cells if cell.cell_type == "markdown"]
-    for text in texts:
-        report._html(text, paths.NOTEBOOKS)
-    assert bool(unknown) == any("$" in text for text in texts)
-    assert [tex for tex in unknown if "<code>" in formula(tex, "inline")] == []
-
-
 def test_exactly_the_claims_of_these_notebooks_have_a_verdict():
     there = set(notebooks.available())
     owed = {id for id, claim in verdicts.claims().items() if there & set(claim.notebooks)}
@@ -130,7 +118,7 @@ def test_exactly_the_claims_of_these_notebooks_have_a_verdict():
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """A copy of the committed study in which check mode is on."""
-    ignored = shutil.ignore_patterns("checkpoints", "notebooks", "report")
+    ignored = shutil.ignore_patterns("checkpoints", "notebooks", "site")
     shutil.copytree(STUDY, tmp_path / "study", ignore=ignored, symlinks=True)
     monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
     monkeypatch.setenv("KURE_CHECK", "1")

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from kure_lib.findings import verdicts
+from kure_lib.findings import answer
 from kure_lib.paths import DATA, NOTEBOOKS, ROOT
 
 MODULES = sorted((ROOT / "kure_lib").rglob("*.py"))
@@ -148,7 +148,13 @@ def test_what_a_pin_needs_is_pinned_too(python, system):
 
 
 def test_everything_imported_is_pinned():
-    files = [*MODULES, *(ROOT / "tests").rglob("*.py"), *NOTEBOOKS.glob("*.ipynb"), ROOT / "conftest.py"]
+    files = [
+        *MODULES,
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.py"),
+        *NOTEBOOKS.glob("*.ipynb"),
+        ROOT / "conftest.py",
+    ]
     own = {"kure_lib", *(file.stem for file in files)}
     foreign = {name.split(".")[0] for file in files for name in imported(file)} - own - set(sys.stdlib_module_names)
     packages = packages_distributions()
@@ -279,9 +285,24 @@ def test_the_data_are_complete():
 @cache
 def texts() -> dict[Path, str]:
     """What a reader of the repository can read, this file apart, which must name what is forbidden."""
-    folders = ["*", ".ci/*", "kure_lib/**/*", "notebooks/*", "tests/**/*", "results/study/*/*"]
+    folders = ["*", ".ci/*", "docs/**/*", "kure_lib/**/*", "notebooks/*", "tests/**/*", "results/study/*/*"]
     files = {file for folder in folders for file in ROOT.glob(folder) if file.is_file()}
-    readable = {".py", ".sh", ".md", ".txt", ".toml", ".yml", ".yaml", ".ipynb", ".json", ".csv", ""}
+    readable = {
+        ".py",
+        ".sh",
+        ".md",
+        ".txt",
+        ".toml",
+        ".cff",
+        ".css",
+        ".js",
+        ".yml",
+        ".yaml",
+        ".ipynb",
+        ".json",
+        ".csv",
+        "",
+    }
     chosen = (file for file in sorted(files) if file.suffix in readable and file.name != Path(__file__).name)
     return {file.relative_to(ROOT): file.read_text(encoding="utf-8") for file in chosen}
 
@@ -307,9 +328,11 @@ def targets(document: Path) -> set[str]:
     return {target for target in found if "://" not in target}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/use.md", "docs/reproducibility.md"]
+)
 def test_a_document_points_at_what_is_there(name):
-    assert {target for target in targets(ROOT / name) if not (ROOT / target).exists()} == set()
+    assert {target for target in targets(ROOT / name) if not (ROOT / name).parent.joinpath(target).exists()} == set()
 
 
 def test_the_readme_lists_every_notebook():
@@ -324,10 +347,10 @@ def test_names_in_the_advice_to_contributors_exist():
     assert names and [f"{path}.{name}" for path, name in names if not hasattr(modules[path], name)] == []
 
 
-def test_the_scoreboard_of_the_readme_is_the_committed_one(monkeypatch):
+def test_the_findings_and_the_boards_of_the_readme_are_the_committed_ones(monkeypatch):
     monkeypatch.setenv("KURE_PROFILE", "study")
     monkeypatch.setenv("KURE_CHECK", "1")
-    verdicts.update_readme(README)
+    answer.update_readme(README)
 
 
 def test_scripts_are_executable():

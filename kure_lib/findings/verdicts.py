@@ -45,7 +45,6 @@ CHANCE = (
     "A single seed has none and decides nothing."
 )
 LEVEL = 0.95  # that all intervals of a claim cover at once: each of k settings has level 0.95^(1/k) (Šidák 1967)
-BEGIN, END = "<!-- scoreboard -->", "<!-- /scoreboard -->"
 
 
 @dataclass(frozen=True)
@@ -282,7 +281,7 @@ def scoreboard() -> pd.DataFrame:
 
 def scoreboard_markdown(folder: str = "notebooks/", evidence: bool = True) -> str:
     """Two boards as Markdown, the paper's claims and the readers' questions: each a line of totals, then a table that
-    links to the notebooks in `folder`; with `evidence` it folds away under the number that decided.
+    links to the notebooks in `folder`; with `evidence` also the number that decided, under which it folds away.
     """
     board, boards = _records(scoreboard()), []
     for title, word in (("claims of the paper", "claim"), ("questions of its readers", "question")):
@@ -292,26 +291,25 @@ def scoreboard_markdown(folder: str = "notebooks/", evidence: bool = True) -> st
         words = [ANSWERS.get(name, name) if asked else name for name in OUTCOMES]
         totals = ", ".join(f"{name} {counts[name]}" for name in words)
         lines = [f"{len(rows)} {title} (profile `{paths.profile()}`): {totals}.", ""]
-        lines += [f"| id | {word} | verdict | decided by | notebook |", "| --- | --- | --- | --- | --- |"]
+        columns = ["id", word, "verdict", *(["decided by"] if evidence else []), "notebook"]
+        lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
         for row in rows:
             links = " ".join(_link(stem, folder) for stem in row["notebook"].split(", "))
             number = row["decided_by"]
-            if evidence and row["evidence"]:
+            if row["evidence"]:
                 number = f"<details><summary>{number or 'why'}</summary>{row['evidence']}</details>"
-            cells = (row["id"], row["statement"], f"**{row['outcome']}**", number, links)
+            decided = [number] if evidence else []
+            cells = (row["id"], row["statement"], f"**{row['outcome']}**", *decided, links)
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
         boards.append("\n".join(lines))
     return "\n\n".join(boards)
 
 
-def update_readme(path: Path) -> None:
-    """Replace what stands between the scoreboard markers of a Markdown file, and nothing else in it."""
-    path = Path(path)
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise KureError(f"{path} lacks the lines {BEGIN} and {END}: put them where the scoreboard belongs.")
-    files.keep(path, f"{before}{BEGIN}\n{scoreboard_markdown(evidence=False)}\n{END}{after}")
+def means(id: str) -> pd.Series:
+    """The mean effect of a claim in each of its settings, in its unit, from the verdict on disk."""
+    check_known("claim", id, claims())
+    effects = pd.DataFrame([row for part in _read(id).get("parts", {}).values() for row in part["effects"]])
+    return effects.groupby("setting", sort=False).effect.mean()
 
 
 @contextmanager

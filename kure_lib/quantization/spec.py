@@ -15,7 +15,7 @@ from pydantic import (
 
 from kure_lib.paths import KureError, check_known
 from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, Bits, Codebook, Format, grid_named
-from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule
+from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule, per_block
 
 IMAGES = 512  # training images to calibrate with, as many as the paper's authors take
 TRAINED_RULES = ("dorefa", "lsq")  # the quantizer that quantization-aware training left (see `training.qat`)
@@ -116,6 +116,21 @@ class QuantizationSpec(BaseModel):
         wrong += [name for name, value in fixed.items() if getattr(self, name) != value]
         if wrong:
             raise KureError(f"A network {what} cannot take {wrong[0]}={getattr(self, wrong[0])!r}: leave it out.")
+
+    @classmethod
+    def named(cls, key: str) -> "QuantizationSpec":
+        """The specification that has the key.
+
+        >>> QuantizationSpec.named('{"block": 16, "grid": "nf4", "weight_bits": 4}').scope
+        Scope(name='block', size=16)
+        """
+        names = {name: field for field, name in _KEY_NAMES.items()}
+        fields = {names.get(name, name): value for name, value in json.loads(key).items()}
+        if fields.pop("per_channel", False):
+            fields["scope"] = PER_CHANNEL
+        if "block" in fields:
+            fields["scope"] = per_block(fields.pop("block"))
+        return cls(**fields)
 
     @property
     def bits(self) -> Bits:

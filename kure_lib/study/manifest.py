@@ -1,4 +1,4 @@
-"""The manifest of the committed results: the SHA-256 of every file of records, tables, figures, verdicts and weights.
+"""The manifest of the committed results: the SHA-256 of evaluations, records, tables, figures, verdicts and weights.
 
 It lies beside them as `MANIFEST.sha256`, sorted by name, as `sha256sum` writes it, so that
 `sha256sum --check MANIFEST.sha256` reads it too.
@@ -10,7 +10,7 @@ from pathlib import Path
 from kure_lib.files import read_sums, write_atomically
 
 NAME = "MANIFEST.sha256"
-CONTENTS = ("records/*.json", "tables/*.*", "figures/*.*", "verdicts/*.json", "weights/*.safetensors")
+CONTENTS = ("evaluations.*", "records/*.json", "tables/*.*", "figures/*.*", "verdicts/*.json", "weights/*.safetensors")
 
 
 def sums(folder: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from measuring import limits, machine, seconds, slug
-from reporting import TARGETS, Row, markdown, save, update_readme
+from reporting import TARGETS, Row, markdown, save, update_page
 
 from kure_lib import paths
 
@@ -67,7 +67,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
     terminalreporter.write(f"{text}\n")
     if exitstatus == 0 and len(rows) == len(TARGETS) and not config.getoption("--rounds", None):
         path = save(paths.RESULTS / "benchmarks", slug(about), rows, about, bounds)
-        shown = " and in README.md" if update_readme(paths.ROOT / "README.md", text) else ""
+        shown = " and in docs/speed.md" if update_page(paths.ROOT / "docs" / "speed.md", text) else ""
         terminalreporter.write(f"kept in {path}{shown}\n")
     else:
         terminalreporter.write("not kept: only a whole run with nothing failed is\n")

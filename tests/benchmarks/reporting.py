@@ -159,8 +159,8 @@ def save(folder: Path, slug: str, rows: list[Row], about: dict, limits: dict[str
     return folder / f"{slug}.md"
 
 
-def update_readme(path: Path, text: str) -> bool:
-    """Put the table between its two markers in the README; False if they are not there."""
+def update_page(path: Path, text: str) -> bool:
+    """Put the table between its two markers in a page; False if they are not there."""
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)

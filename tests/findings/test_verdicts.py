@@ -264,30 +264,6 @@ def test_two_boards_count_and_link_existing_notebooks_only(tmp_path, monkeypatch
     assert "<details>" not in verdicts.scoreboard_markdown(evidence=False)
 
 
-def test_the_readme_changes_between_its_markers_only(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text("# Title\n\n<!-- scoreboard -->\nold\n<!-- /scoreboard -->\n\nEnd.\n", encoding="utf-8")
-    verdicts.judge("S3", GAIN)
-    verdicts.update_readme(readme)
-    text = readme.read_text(encoding="utf-8")
-    board = verdicts.scoreboard_markdown(evidence=False)
-    assert text == f"# Title\n\n{verdicts.BEGIN}\n{board}\n{verdicts.END}\n\nEnd.\n"
-    verdicts.update_readme(readme)
-    assert readme.read_text(encoding="utf-8") == text
-    monkeypatch.setenv("KURE_CHECK", "1")
-    readme.write_text(text.replace("+2.2", "+2.3"), encoding="utf-8")
-    with pytest.raises(KureError, match=r"README\.md differs"):
-        verdicts.update_readme(readme)
-
-
-def test_a_readme_without_markers_is_refused_and_left_alone(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{verdicts.BEGIN}\nno end\n", encoding="utf-8")
-    with pytest.raises(KureError, match="lacks the lines"):
-        verdicts.update_readme(readme)
-    assert readme.read_text(encoding="utf-8") == f"{verdicts.BEGIN}\nno end\n"
-
-
 SOUND = {"outcome": "holds", "decided_by": "", "evidence": "", "parts": {}}
 DAMAGED = [[], None, 3, {}, SOUND | {"outcome": "proved"}, SOUND | {"evidence": 3}, SOUND | {"outcome": ["holds"]},
            SOUND | {"parts": {"a": 1}}]  # fmt: skip

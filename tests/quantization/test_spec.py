@@ -7,26 +7,17 @@ import pytest
 from kure_lib.paths import ROOT, KureError
 from kure_lib.quantization.spec import IMAGES, PIPELINES, ROUNDINGS, QuantizationSpec
 from kure_lib.tensors.grids import FP4_E2M1, MID_TREAD, SIGNED_INT, Bits
-from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, per_block
+from kure_lib.tensors.steps import PER_CHANNEL, per_block
 
 RECORDS = sorted((ROOT / "results" / "study" / "records").glob("*.json"))
 STORED = {"weight_bits": 4, "grid": SIGNED_INT, "rounding": "even"}
-
-
-def spec_named(key: str) -> QuantizationSpec:
-    """The specification with the key, whose names are those of the records, not of the fields."""
-    fields = json.loads(key)
-    scope = PER_CHANNEL if fields.pop("per_channel", False) else PER_TENSOR
-    scope = per_block(fields.pop("block")) if "block" in fields else scope
-    names = {"method": "step_rule", "master": "rounding"}
-    return QuantizationSpec(scope=scope, **{names.get(name, name): value for name, value in fields.items()})
 
 
 def test_the_keys_of_all_records_are_written_as_they_stand():
     """The key of a specification is the name of its evaluation in every record: new fields must not change it."""
     keys = {key for file in RECORDS for key in json.loads(file.read_text())["evaluations"]}
     assert len(keys) > 500
-    assert [key for key in keys if spec_named(key).key != key] == []
+    assert [key for key in keys if QuantizationSpec.named(key).key != key] == []
 
 
 def test_the_key_counts_what_is_not_a_default_by_the_names_of_the_records():

@@ -18,7 +18,7 @@ def test_the_committed_results_are_those_of_the_manifest():
 
 
 def test_the_manifest_lists_every_result_that_git_does_not_ignore():
-    ignored = {"local", "notebooks", "report", "checkpoints"}
+    ignored = {"local", "notebooks", "site", "checkpoints"}
     files = [file.relative_to(STUDY) for file in STUDY.rglob("*") if file.is_file() and file.suffix != ".lock"]
     names = {file.as_posix() for file in files if not ignored & set(file.parts)}
     listed = [line.split("  ", 1)[1] for line in (STUDY / manifest.NAME).read_text().splitlines()]

@@ -1,0 +1,56 @@
+"""What was found, in five sentences for a front page: numbers are computed, and a sentence supposes its verdicts."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from kure_lib import files, paths
+from kure_lib.findings import verdicts
+from kure_lib.paths import KureError
+
+FINDINGS = "<!-- findings -->", "<!-- /findings -->"
+BOARD = "<!-- scoreboard -->", "<!-- /scoreboard -->"
+
+
+def markdown(folder: str) -> str:
+    """The five sentences under the ambient profile, as a Markdown list with links to the notebooks in `folder`.
+
+    Raises `KureError` naming the claim if a verdict is not the one that a sentence supposes.
+    """
+    board = verdicts.scoreboard().set_index("id")
+
+    def suppose(**outcomes: str) -> None:
+        for id, supposed in outcomes.items():
+            if board.outcome[id] != supposed:
+                raise KureError(f"A sentence in {__name__} supposes that {id} ends in {supposed!r}, and it ends in "
+                                f"{board.outcome[id]!r}: write the sentence anew.")  # fmt: skip
+
+    def link(id: str) -> str:
+        stem = board.notebook[id].partition(", ")[0]
+        return f"([{id}]({folder}{stem}.ipynb))"
+
+    suppose(K1="holds", W1="mixed", P2="no", K2="mixed", S2="fails")
+    missed = verdicts.means("K1").abs().max()
+    gains = pd.read_csv(paths.results() / "figures" / "gain_by_pipeline.csv")
+    two_bits = gains[(gains.model == "resnet20") & (gains.setting == "2/FP")].groupby("steps").gain.mean()
+    robust = 50 + verdicts.means("K2")
+    lost = verdicts.means("S2")
+    undecided = board.index[board.outcome == "undecided"]
+    lines = [
+        f"**The penalty works.** Mean kurtosis ends within {missed:.2f} of every target {link('K1')}.",
+        f"**The gain depends on the pipeline.** A ResNet-20 at 2 bits gains {two_bits['plain']:.1f} points with plain "
+        f"steps, {two_bits['lapq']:.1f} with LAPQ and {two_bits['practice']:.1f} with today's practice {link('P2')}.",
+        f"**Robustness is one-sided.** At 4 bits KURE makes {robust['Δ = 1.1 Δ̃, w4']:.0f} % of the layers less "
+        f"sensitive to a step 10 % too large, and {robust['Δ = 0.9 Δ̃, w4']:.0f} % to one 10 % too small {link('K2')}.",
+        f"**Quantization-aware networks need no rescue.** A step 2 % off costs the DoReFa control "
+        f"{lost['dorefa 4/4, 2 % off costs the control']:.1f} points {link('S2')}.",
+        f"**Few seeds decide little.** Of {len(board)} verdicts {len(undecided)} are undecided; noise refutes nothing "
+        f"here {link('K3')}.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def update_readme(path: Path) -> None:
+    """Replace the findings and the boards of a Markdown file, which stand between markers, and nothing else in it."""
+    files.fill(Path(path), *FINDINGS, markdown("notebooks/"))
+    files.fill(Path(path), *BOARD, verdicts.scoreboard_markdown(evidence=False))

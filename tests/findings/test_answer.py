@@ -1,0 +1,69 @@
+"""The sentences of the front page hold the numbers of verdicts and figures, and are refused when these change."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from kure_lib.findings import answer, verdicts
+from kure_lib.paths import ROOT, KureError
+
+STUDY = ROOT / "results" / "study"
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the committed verdicts and of the figure's data, as the ambient results."""
+    for name in ("verdicts", "figures"):
+        shutil.copytree(STUDY / name, tmp_path / "study" / name, ignore=shutil.ignore_patterns("*.png"))
+    monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
+    monkeypatch.setenv("KURE_PROFILE", "study")
+    monkeypatch.delenv("KURE_CHECK", raising=False)
+    return tmp_path / "study"
+
+
+def test_the_numbers_are_those_of_the_results(copied):
+    lines = answer.markdown("notebooks/").splitlines()
+    gains = pd.read_csv(copied / "figures" / "gain_by_pipeline.csv")
+    plain = gains.query("model == 'resnet20' and setting == '2/FP' and steps == 'plain'").gain
+    assert len(lines) == 5 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
+    rows = json.loads((copied / "verdicts" / "S2.json").read_text("utf-8"))["parts"]["06_step_size_robustness"][
+        "effects"
+    ]
+    costs = [row["effect"] for row in rows if row["setting"] == "dorefa 4/4, 2 % off costs the control"]
+    assert f"control {sum(costs) / len(costs):.1f} points" in lines[3]
+    undecided = [
+        file for file in (copied / "verdicts").glob("*.json") if '"outcome": "undecided"' in file.read_text("utf-8")
+    ]
+    assert f"Of {len(verdicts.claims())} verdicts {len(undecided)} are undecided" in lines[4]
+
+
+def test_a_sentence_about_another_verdict_is_refused(copied):
+    file = copied / "verdicts" / "K1.json"
+    file.write_text(file.read_text("utf-8").replace('"outcome": "holds"', '"outcome": "mixed"'), "utf-8")
+    with pytest.raises(KureError, match="supposes that K1 ends in 'holds', and it ends in 'mixed'"):
+        answer.markdown("notebooks/")
+
+
+def test_a_readme_changes_between_its_markers_only(copied, monkeypatch):
+    readme = copied / "README.md"
+    frame = "# Title\n\n{0[0]}\n{1}\n{0[1]}\n\nBetween.\n\n{2[0]}\n{3}\n{2[1]}\n\nEnd.\n".format
+    readme.write_text(frame(answer.FINDINGS, "old", answer.BOARD, "old"), "utf-8")
+    answer.update_readme(readme)
+    board = verdicts.scoreboard_markdown(evidence=False)
+    wanted = frame(answer.FINDINGS, answer.markdown("notebooks/"), answer.BOARD, board)
+    assert readme.read_text("utf-8") == wanted
+    monkeypatch.setenv("KURE_CHECK", "1")
+    answer.update_readme(readme)
+    readme.write_text(wanted.replace("**holds**", "**fails**", 1), "utf-8")
+    with pytest.raises(KureError, match=r"README\.md differs"):
+        answer.update_readme(readme)
+
+
+@pytest.mark.parametrize("lacking", [answer.FINDINGS[1], answer.BOARD[0]])
+def test_a_readme_without_markers_is_refused(lacking, copied):
+    readme = copied / "README.md"
+    readme.write_text("\n".join(mark for mark in (*answer.FINDINGS, *answer.BOARD) if mark != lacking), "utf-8")
+    with pytest.raises(KureError, match="lacks the lines"):
+        answer.update_readme(readme)
