@@ -12,9 +12,10 @@ import tempfile
 import time
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import NoReturn
+from typing import Any, NoReturn
 
 PROFILES = {
     "smoke": "a tiny subset that proves the machinery: minutes",
@@ -26,8 +27,11 @@ PROFILES = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own says nothing of a full disk
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the options.\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; --help lists the options.\n")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,6 +52,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="show what would run and for how long")
     instead.add_argument("--bench", action="store_true", help="measure speed (tests/benchmarks)")
+    instead.add_argument("--faults", nargs="?", const=20, type=_positive, metavar="N", help="do every fault of "
+                         "tests/faults, N times those that chance decides (20), and count what is handled")  # fmt: skip
     instead.add_argument("--test", action="store_true", help="run every test and a smoke study")
     instead.add_argument("--manifest", action="store_true", help="write down anew every accuracy on record and which "
                          "results are committed: results/study/evaluations.csv and MANIFEST.sha256")  # fmt: skip
@@ -64,17 +70,25 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line asks. Returns the exit code: 0, 1 after an error, 130 if stopped."""
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["check"]:
-        return check(words[1:])
-    asked = arguments(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     try:
-        return _run(asked)
+        try:
+            return check(words[1:]) if words[:1] == ["check"] else _run(arguments(words))
+        finally:
+            sys.stdout.flush()  # else a full disk shows only when Python ends
     except KeyboardInterrupt:
         again = [word for word in words if word != "--fresh"]
         command = shlex.join(["./run_all.sh", *again])
         print(f"\nStopped. What was finished is kept; go on with {command}", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is not None:  # not of the output
+            raise
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print has no place
+        print(f"Error: the output cannot be written ({error.strerror}): make room, or print elsewhere; what was "
+              "finished is kept.", file=sys.stderr)  # fmt: skip
+        return 1
 
 
 def check(argv: Sequence[str]) -> int:
@@ -109,6 +123,9 @@ def _run(asked: argparse.Namespace) -> int:
             return 0 if test() else 1
         if asked.bench:
             return _python("-m", "pytest", "-m", "benchmark", "tests/benchmarks")
+        if asked.faults:
+            every = ("-m", "not benchmark", "--faults", str(asked.faults))
+            return _python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/faults", *every)
         if asked.manifest:
             from kure_lib.study import evaluations, manifest
 

@@ -20,7 +20,7 @@ RELATIVE_TOLERANCE = 1e-4
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results if it is not there; `KureError` naming it if it cannot be written to."""
+    """Make a folder if it is not there; `KureError` naming it if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -30,8 +30,8 @@ def make_folder(folder: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> KureError:
-    return KureError(f"Cannot write {path} ({error.strerror}): make room or give access there, or set KURE_RESULTS "
-                     "to another folder.")  # fmt: skip
+    return KureError(f"Cannot write {path} ({error.strerror}): make room or give access there, or set KURE_RESULTS, "
+                     "for data KURE_CACHE, to another folder.")  # fmt: skip
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -129,11 +129,14 @@ def kill_children(process: int) -> None:
 
 
 def defaults(source: Path) -> dict[str, object]:
-    """The names and values in a notebook's cell tagged `parameters`."""
+    """The names and values in a notebook's cell tagged `parameters`; `KureError` if it is no notebook."""
     import papermill  # like nbformat, takes seconds to import, which `--list` should not cost
 
-    found = papermill.inspect_notebook(source)
-    return {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
+    try:
+        found = papermill.inspect_notebook(source)
+        return {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
+    except Exception as error:  # what is wrong with its JSON has no common class of errors
+        raise KureError(f"{source} is damaged ({paths.in_words(error)}): restore it.") from error
 
 
 def _changes(source: Path, wanted: Mapping[str, object]) -> dict[str, object]:

@@ -7,8 +7,10 @@ mode: nothing under `results/` is written, and what a notebook makes must agree 
 
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,8 +26,9 @@ class KureError(Exception):
 
 
 def say(sentence: str) -> None:
-    """Tell the user, on stderr, what is done about something that is no error."""
-    print(sentence, file=sys.stderr, flush=True)
+    """Tell the user, on stderr, what is done about something that is no error; it is done too if nobody can be told."""
+    with suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def in_words(error: Exception) -> str:
@@ -34,6 +37,15 @@ def in_words(error: Exception) -> str:
         first = error.errors()[0]
         return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
     return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
+
+
+def refusal(what: str, error: ValidationError) -> KureError:
+    """The error that says which field of `what` cannot be so."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"])) or "these values"
+    if first["type"] == "missing":
+        return KureError(f"{what} needs the field {field}: give it.")
+    return KureError(f"{what} cannot have {field}={reprlib.repr(first['input'])}: {first['msg']}.")
 
 
 def check_known(kind: str, value: object, known: Iterable) -> None:

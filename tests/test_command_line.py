@@ -36,6 +36,8 @@ PATIENCE = 300  # seconds; a busy machine is slow to start Python, torch and a k
         (["--profile", "huge"], ["huge", "smoke", "quick", "study", "imagenet", "large"]),
         (["--profil", "quick"], ["--profil"]),
         (["--jobs", "0"], ["'0'", "above 0"]),
+        (["--faults", "0"], ["'0'", "above 0"]),
+        (["--on\nly"], ["--on ly"]),
         (["--list", "--test"], ["--list", "--test"]),
         (["--list", "--lab"], ["--list", "--lab"]),
         (["--list", "--", "--no-browser"], ["--no-browser", "--lab"]),
@@ -81,6 +83,15 @@ def test_an_unknown_notebook_is_not_listed_and_none_at_all_is_no_success(tmp_pat
         assert command_line.main(["--profile", "smoke", *argv]) == 1
         assert "There are no notebooks in" in capsys.readouterr().err
     assert not (tmp_path / "smoke").exists()
+
+
+def test_the_campaign_of_faults_is_done_so_many_times_and_its_failure_is_ours(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command_line, "_python", lambda *command, **variables: asked.append(command) or 1)
+    for argv, times in ((["--faults"], "20"), (["--faults", "3"], "3")):
+        assert command_line.main(argv) == 1
+        assert asked[-1][:2] == ("-m", "pytest") and "tests/faults" in asked[-1]
+        assert asked[-1][asked[-1].index("--faults") + 1] == times
 
 
 def test_stopping_says_how_to_go_on(monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """What is trained and for how long, training in several processes, and a second study on the same results."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -19,6 +18,7 @@ from kure_lib.networks import data, device
 from kure_lib.paths import KureError
 from kure_lib.study import records, runs
 from kure_lib.study.plans import KURE, Plan, Planned, plan
+from kure_lib.study.records import Record
 from kure_lib.training.configs import QatConfig, RunConfig
 
 # The time that training takes
@@ -32,10 +32,10 @@ def timed(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "precision", lambda: "bfloat16")
 
     def write(seconds, precision="bfloat16", **settings):
-        config = run(**settings)
-        record = {"config": config.model_dump(mode="json", by_alias=True), "curves": {"seconds": seconds},
-                  "provenance": {"precision": precision}}  # fmt: skip
-        (tmp_path / f"{config.key}-{precision}.json").write_text(json.dumps(record))
+        config = run(**{"epochs": len(seconds), **settings})
+        record = Record(key=config.key, config=config, curves={"seconds": seconds}, layer_kurtosis={}, layers=[],
+                        weights_sha256="", provenance={"precision": precision})  # fmt: skip
+        (tmp_path / f"{config.key}-{precision}.json").write_text(record.model_dump_json())
 
     return write
 

@@ -62,7 +62,7 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("path", ["/proc/results", "/dev/full/results", "/dev/null/x"])
 def test_an_impossible_folder_is_one_sentence(path):
     for ask in (lambda: files.make_folder(Path(path)), lambda: files.write_atomically(Path(path) / "a.json", "1")):
-        with pytest.raises(KureError, match=r"Cannot write .*KURE_RESULTS to another folder"):
+        with pytest.raises(KureError, match=r"Cannot write .*KURE_RESULTS, for data KURE_CACHE, to another folder"):
             ask()
 
 

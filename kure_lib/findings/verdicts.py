@@ -10,20 +10,23 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 from filelock import FileLock
 from IPython.display import Markdown, display
+from pandas.api.types import is_scalar
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from kure_lib import files, paths
 from kure_lib.findings.statistics import mean_interval
 from kure_lib.paths import KureError, check_known
 
+CLAIMS = Path(__file__).with_name("claims.toml")
 OUTCOMES = ("holds", "mixed", "undecided", "fails", "not tested")
 ANSWERS = {"holds": "yes", "fails": "no"}  # what a question ends in; the other outcomes keep their names
 KINDS = {
@@ -47,7 +50,7 @@ CHANCE = (
 LEVEL = 0.95  # that all intervals of a claim cover at once: each of k settings has level 0.95^(1/k) (Šidák 1967)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Claim:
     """A statement to be judged.
 
@@ -60,9 +63,9 @@ class Claim:
     source: str
     statement: str
     effect: str
-    kind: str
+    kind: Literal["more", "same", "exact"]
     unit: str
-    margin: float
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     notebooks: tuple[str, ...]
     reason: str = ""
 
@@ -73,15 +76,18 @@ class Claim:
 
 @cache
 def claims() -> dict[str, Claim]:
-    """Every claim and question by its id, in the order of `claims.toml`.
+    """Every claim and question by its id, in the order of `claims.toml`; `KureError` if one of them is damaged.
 
     >>> claims()["S3"].notebooks
     ('06_step_size_robustness',)
     """
-    return {
-        id: Claim(id=id, **{**fields, "notebooks": tuple(fields["notebooks"])})
-        for id, fields in _toml()["claims"].items()
-    }
+    found = {}
+    for id, fields in _toml()["claims"].items():
+        try:
+            found[id] = Claim(id=id, **fields)
+        except (ValidationError, TypeError) as error:
+            raise KureError(f"The claim {id} in {CLAIMS} is damaged ({paths.in_words(error)}): restore it.") from None
+    return found
 
 
 def changed_after_looking() -> list[str]:
@@ -90,7 +96,13 @@ def changed_after_looking() -> list[str]:
 
 
 def _toml() -> dict[str, Any]:
-    return tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))
+    try:
+        content = tomllib.loads(CLAIMS.read_text(encoding="utf-8"))
+        if not (content["claims"] and isinstance(content["claims"], dict)):
+            raise ValueError("it holds no claims")
+    except (OSError, ValueError, KeyError) as error:
+        raise KureError(f"{CLAIMS} is damaged ({paths.in_words(error)}): restore it.") from None
+    return content
 
 
 def rules(stem: str) -> str:
@@ -138,10 +150,13 @@ def decide(effects: pd.DataFrame, kind: str, margin: float) -> pd.DataFrame:
     columns = ["setting", "effect"] if kind == "exact" else ["setting", "seed", "effect"]
     if lacking := set(columns) - set(effects.columns):
         raise KureError(f"Effects to be judged lack the column {min(lacking)!r}: give {', '.join(columns)}.")
+    if not effects[columns].map(is_scalar).all(axis=None):
+        raise KureError(f"Effects to be judged hold what is no single value: give one in each of {', '.join(columns)}.")
     if twice := effects[columns[:-1]].duplicated().sum():
         raise KureError(f"{twice} effects occur twice: give one for each {' and '.join(columns[:-1])}.")
-    if not effects.effect.map(math.isfinite).all():
-        where = effects.setting[~effects.effect.map(math.isfinite)].iloc[0]
+    finite = pd.to_numeric(effects.effect, errors="coerce").map(math.isfinite)
+    if not finite.all():
+        where = effects.setting[~finite].iloc[0]
         raise KureError(f"The effect in setting {where!r} is not a finite number: leave out what was not measured.")
     groups = effects.groupby("setting", sort=False).effect
     level = LEVEL ** (1 / max(groups.ngroups, 1))

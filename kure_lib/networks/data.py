@@ -21,7 +21,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from kure_lib import paths
-from kure_lib.files import read_sums, write_atomically
+from kure_lib.files import make_folder, read_sums, write_atomically
 from kure_lib.networks import pictures, tiny_imagenet
 from kure_lib.paths import DATA, KureError, check_known
 
@@ -319,6 +319,7 @@ def unpack_fashion_mnist(source: Path = DATA) -> Path:
     """
     folder, sums = paths.cache(), read_sums(source / "SHA256SUMS")
     raw = folder / "FashionMNIST" / "raw"
+    make_folder(raw)
     for part, kind in product(("train", "t10k"), ("images-idx3", "labels-idx1")):
         name = f"{part}-{kind}-ubyte.gz"
         content, unpacked = _read(source / name), raw / name.removesuffix(".gz")

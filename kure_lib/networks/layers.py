@@ -1,15 +1,27 @@
 """Which layers of a network are regularized and which are quantized, and their full-precision weights."""
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from kure_lib.paths import KureError, check_known
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by name; `KureError` if this is no network, or one whose weights are not there yet."""
+    if not isinstance(model, nn.Module):
+        raise KureError(f"{reprlib.repr(model)} is no network: give a torch.nn.Module.")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise KureError(f"The parameter '{name}' has no values yet: pass a batch of images through the network.")
+    return dict(model.named_modules())
 
 
 def regularized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -19,7 +31,7 @@ def regularized_layers(model: nn.Module) -> dict[str, nn.Module]:
     linear layer is the last. A transformer has its linear layers, but not the projections that `nn.MultiheadAttention`
     keeps in a parameter of its own.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))}
+    layers = {name: m for name, m in _modules(model).items() if isinstance(m, (*CONVOLUTIONS, nn.Linear))}
     convolutions = [name for name, layer in layers.items() if isinstance(layer, CONVOLUTIONS)]
     linear = [name for name in layers if name not in convolutions]
     spared = {*convolutions[:1], *linear[-1:]}
@@ -34,17 +46,19 @@ OUT_OF_REACH = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, 
 def quantized_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
     """Every convolution and linear layer but the first and the last, by name, as in the paper; or those of `names`.
 
-    Raises `KureError` if there is none or one of the names is not among them, for a network of TorchScript, and, unless
-    names are given, for one with weights that would stay in full precision, such as those of attention.
+    Raises `KureError` if there is none or one of the names is not among them, for a network of TorchScript or one that
+    has no weights yet, and, unless names are given, for one with weights that would stay in full precision, such as
+    those of attention.
     """
-    for name, module in model.named_modules():
+    modules = _modules(model)
+    for name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise KureError(f"'{name or type(model).__name__}' is compiled by torch.jit, where weights cannot be "
                             "quantized: take the network from before it was scripted or traced.")  # fmt: skip
         if names is None and isinstance(module, OUT_OF_REACH):
             raise KureError(f"'{name}' ({type(module).__name__}) has weights that would stay in full precision: name "
                             "the layers to quantize instead, with layers=.")  # fmt: skip
-    weighted = {name: m for name, m in model.named_modules() if isinstance(m, QUANTIZABLE)}
+    weighted = {name: m for name, m in modules.items() if isinstance(m, QUANTIZABLE)}
     chosen = dict(list(weighted.items())[1:-1])
     if names is not None:
         names = list(names)

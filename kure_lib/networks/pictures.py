@@ -13,7 +13,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from kure_lib.files import write_atomically
+from kure_lib.files import make_folder, write_atomically
 from kure_lib.paths import KureError, cache
 
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of a cached file
@@ -82,7 +82,7 @@ def decoded(
     key = hashlib.sha256("\n".join([str(side), *files]).encode()).hexdigest()
     kept, classes = cache() / f"{name}-{key[:20]}.bin", torch.tensor(labels)
     shape = (len(paths), side, side, 3)
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(kept.parent)
     with FileLock(kept.with_suffix(".lock")):  # several runs may begin at once
         images = _mapped(kept, shape, classes)
         if images is None:

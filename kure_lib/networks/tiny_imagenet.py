@@ -26,7 +26,7 @@ def files(root: Path, train: bool) -> tuple[list[Path], list[int], int]:
 def _lines(root: Path, name: str) -> list[str]:
     try:
         return [line for line in (root / name).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise KureError(f"There is no Tiny ImageNet at {root} ({name} is missing): set KURE_TINY_IMAGENET to the "
                         "folder that holds train/, val/ and wnids.txt, as its authors ship it.") from None  # fmt: skip
 

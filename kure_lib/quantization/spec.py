@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
-from kure_lib.paths import KureError, check_known
+from kure_lib.paths import KureError, check_known, refusal
 from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, Bits, Codebook, Format, grid_named
 from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule, per_block
 
@@ -80,10 +80,7 @@ class QuantizationSpec(BaseModel):
         try:
             return validate({"calibration": IMAGES, **fields} if needed and rule not in TRAINED_RULES else fields)
         except ValidationError as error:
-            wrong = error.errors()[0]
-            raise KureError(
-                f"A specification cannot have {'.'.join(map(str, wrong['loc']))}={wrong['input']!r}: {wrong['msg']}."
-            ) from None
+            raise refusal("A specification", error) from None
 
     @model_validator(mode="after")
     def _check(self) -> "QuantizationSpec":

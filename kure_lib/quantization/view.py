@@ -189,9 +189,11 @@ def quantized(
 
 
 def _final(name: str, step: Tensor, ratio: float, spec: QuantizationSpec) -> Tensor:
+    if not (isinstance(step, Tensor) and step.is_floating_point()):
+        raise KureError(f"The step of '{name}' is {step!r}: give a tensor of floating-point numbers.")
     step = step if ratio == 1 else step * ratio
     step = power_of_two(step) if spec.power_of_two else step
-    wrong = step[~((step > 0) & step.isfinite())]
+    wrong = step[~((step >= torch.finfo(step.dtype).tiny) & step.isfinite())]  # a smaller one counts as zero in places
     if len(wrong):
         raise KureError(f"The step of '{name}' is {wrong[0]:g}: give steps and ratios whose product is above zero and "
                         "finite.")  # fmt: skip

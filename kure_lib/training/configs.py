@@ -5,12 +5,21 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)  # fmt: skip
 
 from kure_lib.networks.data import SOURCES
 from kure_lib.networks.models import NETWORKS
 from kure_lib.networks.published import DIGITS
-from kure_lib.paths import KureError, check_known
+from kure_lib.paths import KureError, check_known, refusal
 from kure_lib.quantization.spec import TRAINED_RULES
 from kure_lib.tensors.grids import Bits
 from kure_lib.training.regularizers import REDUCTIONS
@@ -38,7 +47,21 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
 
-class KureConfig(Frozen):
+class Config(Frozen):
+    """Settings of a run; those that cannot be are refused with a `KureError` where they are made."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse(cls, fields: Any, validate: ModelWrapValidatorHandler) -> Any:
+        try:
+            return validate(fields)
+        except ValidationError as error:
+            raise refusal(f"A {cls.__name__}", error) from None
+
+
+class KureConfig(Config):
     """The KURE term of a run: K_T, λ, the reduction over layers, per tensor or per channel.
 
     Of `activations` instead of weights it is `regularizers.ActivationKurtosisRegularizer`, which has no other settings.
@@ -57,7 +80,7 @@ class KureConfig(Frozen):
         return self
 
 
-class QatConfig(Frozen):
+class QatConfig(Config):
     """How a run is quantized while it is trained. LSQ needs two bits for weights: at one its Q_p is zero."""
 
     quantizer: Annotated[str, _one_of("quantizer", TRAINED_RULES), _written_as_method("quantizer")]
@@ -81,14 +104,14 @@ class QatConfig(Frozen):
         return cls.model_validate(fields)
 
 
-class RivalConfig(Frozen):
+class RivalConfig(Config):
     """Another way to robustness, in place of KURE or beside it; `rivals` explains what `strength` is for each."""
 
     name: Annotated[str, _one_of("rival", RIVALS), _written_as_method("name")]
     strength: Positive
 
 
-class RunConfig(Frozen):
+class RunConfig(Config):
     """Everything that decides what a training run computes."""
 
     model: Annotated[str, _one_of("architecture", NETWORKS)]

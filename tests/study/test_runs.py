@@ -189,23 +189,6 @@ def test_a_record_of_an_earlier_version_is_read_and_gets_its_digest_when_it_is_w
     assert hashlib.sha256(canonical.encode()).hexdigest() == digest
 
 
-def test_a_bit_that_flipped_anywhere_in_a_record_is_noticed_or_means_nothing(files, config):
-    content, random = files[0].read_bytes(), np.random.default_rng(0)
-    meant, noticed = json.loads(content), 0
-    for place in random.integers(len(content), size=200):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << random.integers(8)
-        files[0].write_bytes(damaged)
-        try:
-            runs.find(config)
-        except KureError as error:
-            noticed += str(files[0]) in str(error)
-        else:
-            assert json.loads(damaged) == meant  # in the space between two values
-            noticed += 1
-    assert noticed == 200
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -89,6 +89,7 @@ def test_a_configuration_survives_json():
     "change",
     [
         {"learning_rat": 0.1}, {"learning_rate": 0}, {"learning_rate": "fast"}, {"epochs": -1}, {"weight_decay": -1},
+        {"weight_decay": float("inf")}, {"learning_rate": float("nan")},
         {"batch_size": 1}, {"momentum": 1.0}, {"seed": 2**64}, {"seed": -1}, {"train_size": 0},
         {"regularizer": {"lambda": 1}},
         {"regularizer": {"coefficient": 0}}, {"regularizer": {"target": 0.9}}, {"regularizer": {"of": "gradients"}},
@@ -97,9 +98,11 @@ def test_a_configuration_survives_json():
     ids=str,
 )  # fmt: skip
 def test_a_misspelled_or_impossible_field_is_an_error(change):
-    with pytest.raises(ValidationError) as error:
+    with pytest.raises(KureError) as error:
         RunConfig(**{"model": "resnet20", **TINY, **change})
-    assert next(iter(change)) in str(error.value)
+    ((field, value),) = list(change.items())
+    field = [*value][-1] if isinstance(value, dict) else field
+    assert field in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -355,19 +358,6 @@ def test_a_checkpoint_that_is_damaged_or_foreign_is_named_and_not_used(interrupt
     assert same_weights(model.state_dict(), fit(config)[0].state_dict())
     assert told.startswith(f"The checkpoint {checkpoint} of {config.label} cannot be used") and told.count("\n") == 1
     assert said in told and "starts again from its first epoch" in told
-
-
-def test_a_bit_that_flipped_anywhere_in_a_checkpoint_is_noticed(interrupted):
-    config, checkpoint = interrupted
-    content, random = checkpoint.read_bytes(), np.random.default_rng(0)
-    for place in random.integers(len(content), size=50):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << random.integers(8)
-        checkpoint.write_bytes(damaged)
-        with pytest.raises(KureError, match="cannot be used"):
-            training.read_checkpoint(checkpoint, config)
-    checkpoint.write_bytes(content)
-    assert training.read_checkpoint(checkpoint, config)["epoch"] == 1
 
 
 def test_a_checkpoint_that_other_code_wrote_is_named(interrupted):
