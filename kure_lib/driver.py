@@ -35,8 +35,8 @@ def describe(profile: str, only: Iterable[str] | None = None) -> str:
     """
     planned = plans.needed(plans.open(profile), notebooks.select(only))
     missing = _missing(planned)
-    state = {run.config.label: "on record" for run in planned.runs} | {config.label: "to train" for config in missing}
-    lines = [f"{state[run.config.label]:10}{run.config.label:48} {run.config.epochs:3} epochs" for run in planned.runs]
+    state = {run.config: "on record" for run in planned.runs} | dict.fromkeys(missing, "to train")
+    lines = [f"{said:10}{records.run_name(config):60} {config.epochs:3} epochs" for config, said in state.items()]
     lines += [f"{len(lines) - len(missing)} of {len(lines)} runs are on record."]
     return "\n".join([*lines, f"Training the others takes {_duration(missing)}."] if missing else lines)
 
@@ -106,20 +106,20 @@ def train(planned: Plan, jobs: int | None = None) -> None:
     Shows one bar over all epochs with the time left; where there is no terminal, a plain line for each epoch.
     Raises `KureError` if a run fails; those that do not start from it are trained all the same.
     """
-    missing = {config.label: config for config in _missing(planned)}
+    missing = {records.run_name(config): config for config in _missing(planned)}
     if not missing:
         return
-    starts = {label: config.start.label if config.start else None for label, config in missing.items()}
-    tasks = [engine.Task(label, partial(runs.get, config), starts[label]) for label, config in missing.items()]
+    starts = {name: records.run_name(config.start) if config.start else None for name, config in missing.items()}
+    tasks = [engine.Task(name, partial(runs.get, config), starts[name]) for name, config in missing.items()]
     seen: dict[str, int] = {}
     total = sum(config.epochs for config in missing.values())
     with tqdm(total=total, unit="epoch", desc="training", disable=None, smoothing=0.05) as bar:
 
-        def report(label: str, epoch: int, values: Mapping[str, float]) -> None:
+        def report(name: str, epoch: int, values: Mapping[str, float]) -> None:
             # A resumed run begins to count at the epoch it goes on from.
-            bar.update(epoch - seen.get(label, 0))
-            seen[label] = epoch
-            line = (f"{label} epoch {epoch}/{missing[label].epochs}: loss {values['train_loss']:.3f}, "
+            bar.update(epoch - seen.get(name, 0))
+            seen[name] = epoch
+            line = (f"{name} epoch {epoch}/{missing[name].epochs}: loss {values['train_loss']:.3f}, "
                     f"test {values['test_top1']:.2f} %, kurtosis {values['kurtosis']:.2f}")  # fmt: skip
             if bar.disable:
                 print(line, flush=True)

@@ -91,8 +91,8 @@ def test_the_time_of_a_network_without_a_record_is_unknown(timed):
 
 def test_every_run_is_listed_with_its_state(results_folder, timed):
     said = driver.describe("imagenet").splitlines()
-    labels = [run.config.label for run in plan("imagenet").runs]
-    assert [line.split()[:3] for line in said[:-2]] == [["to", "train", label] for label in labels]
+    names = [f"{run.config.label}-{run.config.key}" for run in plan("imagenet").runs]
+    assert [line.split()[:3] for line in said[:-2]] == [["to", "train", name] for name in names]
     assert said[-2] == "0 of 13 runs are on record."
     assert said[-1].startswith("Training the others takes an unknown time: no record of mobilenet_v2 on imagenet, ")
     assert len(driver.describe("imagenet", only=["07"]).splitlines()) == 9 + 2, "the main arms of three networks"
@@ -144,7 +144,7 @@ def test_two_workers_train_what_one_process_does_bit_for_bit(results_folder, wor
     planned = tiny_plan()
     driver.train(planned, jobs=2)
     said = capsys.readouterr().out
-    assert all(f"{run.config.label} epoch 1/1: loss " in said for run in planned.runs)
+    assert all(f"{run.config.label}-{run.config.key} epoch 1/1: loss " in said for run in planned.runs)
     trained = [records.find(run.config) for run in planned.runs]
     assert all(trained)
     assert not multiprocessing.active_children()
@@ -160,6 +160,21 @@ def test_two_workers_train_what_one_process_does_bit_for_bit(results_folder, wor
         assert alone.layers == record.layers and alone.layer_kurtosis == record.layer_kurtosis
 
 
+def test_runs_that_share_a_label_are_all_listed_and_trained(results_folder, monkeypatch, timed):
+    """Networks pre-trained for 2 and for 4 epochs, and what starts from them, have the same label."""
+    planned = plan("smoke")
+    assert len({run.config.label for run in planned.runs}) < len(planned.runs)
+    assert len(driver.describe("smoke").splitlines()) == len(planned.runs) + 2
+    monkeypatch.setattr(engine, "run", lambda tasks, places, report: made.extend(tasks))
+    made = []
+    driver.train(planned)
+    names = [task.name for task in made]
+    assert len(set(names)) == len(planned.runs)
+    for task, run in zip(made, planned.runs, strict=True):
+        assert task.after == (names[[r.config for r in planned.runs].index(run.config.start)] if run.config.start
+                              else None)  # fmt: skip
+
+
 def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_folder, workers):
     planned = tiny_plan(long=2000)
     first, control, kure = (run.config for run in planned.runs)
@@ -173,7 +188,7 @@ def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_fol
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(KureError, match=rf"The process of {kure.label} was killed.*from its last epoch"):
+    with pytest.raises(KureError, match=rf"The process of {kure.label}-{kure.key} was killed.*from its last epoch"):
         driver.train(planned, jobs=2)
     killer.join()
     assert records.find(first) and records.find(control) and not records.find(kure)

@@ -166,7 +166,9 @@ def band(axis: plt.Axes, frame: pd.DataFrame, x: str, y: str, name: str = "", **
 
 
 def forest(axis: plt.Axes, frame: pd.DataFrame, y: str, x: str, hue: str) -> None:
-    """Draw every value of `x` as a small dot, and the mean of each group with its 95 % Student interval, in rows.
+    """Draw every value of `x` as a small dot, and the mean of each group in rows, with its 95 % Student interval.
+
+    A group of fewer than three values has no interval: of two it is so wide that nothing else could be seen.
 
     Args:
         axis: Where to draw; the first row stands at the top.
@@ -194,9 +196,9 @@ def forest(axis: plt.Axes, frame: pd.DataFrame, y: str, x: str, hue: str) -> Non
 
 
 def _student(values: pd.Series) -> tuple[float, float]:
-    """The ends of the 95 % Student interval of the mean, on the mean where there is one value alone."""
-    if len(values) == 1:
-        return values.iloc[0], values.iloc[0]
+    """The ends of the 95 % Student interval of the mean, on the mean where there are fewer than three values."""
+    if len(values) < 3:
+        return values.mean(), values.mean()
     low, high = student_t.interval(0.95, len(values) - 1, values.mean(), values.sem())
     return float(low), float(high)
 

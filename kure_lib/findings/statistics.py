@@ -68,8 +68,13 @@ def pivot(
 
 
 def gain(frame: pd.DataFrame, keys: list[str], value: str = "top1") -> pd.DataFrame:
-    """KURE minus its control, paired by seed: one row for each combination of `keys` and seed, column `gain`."""
+    """KURE minus its control, paired by seed: one row for each combination of `keys` and seed, column `gain`.
+
+    >>> gain(pd.DataFrame(columns=["w_bits", "arm", "seed", "top1"]), ["w_bits"]).empty  # a part that a profile lacks
+    True
+    """
     wide = frame.pivot_table(index=[*keys, "seed"], columns="arm", values=value, sort=False)
+    wide = wide.reindex(columns=["control", "kure"])  # of no rows there are no arms either
     return (wide["kure"] - wide["control"]).rename("gain").reset_index()
 
 

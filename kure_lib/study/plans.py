@@ -19,8 +19,8 @@ KURE = KureConfig()  # the paper's setting everywhere: K_T = 1.8, λ = 1
 ACTIVATION_KURE = KureConfig(of="activations")
 
 ARMS = ("pretrained", "control", "kure", "scratch", "activations")  # and those of `Recipe.contenders`
-PARTS = ("main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules")
-ASIDE = ("tuning", "schedules")  # parts whose arms have the names of others
+PARTS = ("main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules", "lengths")
+ASIDE = ("tuning", "schedules", "lengths")  # parts whose arms have the names of others
 CHOICES = ("model", "arm", "part", "seed", "target", "coefficient", "quantizer")
 COLUMNS = (
     "model", "arm", "target", "coefficient", "quantizer", "seed", "w_bits", "a_bits", "bits", "grid", "step_ratio",
@@ -76,7 +76,7 @@ class Plan:
         """The runs that agree with every choice given, in the order of the choices, then of the plan.
 
         Each choice is one value or a list of them. With `arm="kure"` K_T is 1.8 and λ is 1 unless chosen; runs of
-        tuning and of other schedules are selected only by their `part`.
+        tuning, of other schedules and of other lengths are selected only by their `part`.
 
         Args:
             **wanted: Any of model, arm, part, seed, target (K_T), coefficient (λ) and quantizer; the quantizer is that
@@ -166,15 +166,18 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
     def planned(arm: str, part: str, settings: dict, **more: Any) -> Planned:
         return Planned(recipe.model, arm, part, RunConfig(model=recipe.model, seed=seed, **settings, **more))
 
+    def main_arms(part: str, pretraining: dict) -> list[Planned]:
+        first = planned("pretrained", part, pretraining)
+        return [
+            first,
+            planned("control", part, recipe.fine_tuning, start=first.config),
+            planned("kure", part, recipe.fine_tuning, start=first.config, regularizer=KURE),
+        ]
+
     if seed >= recipe.seeds:
         return []
-    first = planned("pretrained", "main", recipe.pretraining)
-    start = {"start": first.config}
-    result = [
-        first,
-        planned("control", "main", recipe.fine_tuning, **start),
-        planned("kure", "main", recipe.fine_tuning, **start, regularizer=KURE),
-    ]
+    result = main_arms("main", recipe.pretraining)
+    start = {"start": result[0].config}
     if seed < recipe.sweep_seeds:
         for target in recipe.targets:
             kure = KureConfig(target=target)
@@ -202,6 +205,9 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
             settings = recipe.fine_tuning | schedule
             result.append(planned("control", "schedules", settings, **start))
             result.append(planned("kure", "schedules", settings, **start, regularizer=KURE))
+    if seed < recipe.length_seeds:
+        for epochs in recipe.lengths:
+            result += main_arms("lengths", recipe.pretraining | {"epochs": epochs})
     if seed == 0 and recipe.held_out:
         first = planned("pretrained", "tuning", recipe.pretraining, held_out=recipe.held_out)
         tried = {"start": first.config, "held_out": recipe.held_out, "train_size": TUNING_SIZE}

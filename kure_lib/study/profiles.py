@@ -34,7 +34,8 @@ class Recipe:
     each with its number of seeds: ("lsq 4/8", 1) is LSQ with 4 bits for weights and 8 for activations. It goes
     as `fine_tuning` does, but for what `quantized_tuning` says. `contenders` are fine-tuned with `rival_seeds`, and
     where `held_out` is not zero also tuned, on that many images held out; `schedules` are other learning rates for
-    control and KURE, with `schedule_seeds`.
+    control and KURE, with `schedule_seeds`; `lengths` are other numbers of epochs of pre-training for the three main
+    arms, with `length_seeds`.
     """
 
     model: str
@@ -53,6 +54,8 @@ class Recipe:
     held_out: int = 0
     schedules: tuple[dict, ...] = ()
     schedule_seeds: int = 0
+    lengths: tuple[int, ...] = ()
+    length_seeds: int = 0
 
 
 SMALL_RESNET = Recipe(
@@ -130,7 +133,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
     "smoke": (
         _with(SMALL_RESNET, TINY, TINY, targets=(3.0,), coefficients=(0.1,), scratch_seeds=1, activation_seeds=1,
               quantizers=(("dorefa 4/4", 1), ("lsq 4/4", 1)), contenders=CONTENDERS, rival_seeds=1,
-              schedules=SCHEDULES[:1], schedule_seeds=1),
+              schedules=SCHEDULES[:1], schedule_seeds=1, lengths=(4,), length_seeds=1),
         _with(SMALL_MOBILENET, TINY, TINY, coefficients=(0.1,)),
     ),
     "quick": (
@@ -141,6 +144,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
     "study": (
         _with(SMALL_RESNET, seeds=5, sweep_seeds=3, scratch_seeds=1, activation_seeds=3, **SWEEP,
               contenders=CONTENDERS, rival_seeds=3, held_out=10_000, schedules=SCHEDULES, schedule_seeds=2,
+              lengths=(60,), length_seeds=0,
               quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
@@ -178,7 +182,7 @@ PARAMETERS = {
 NEEDS = {
     "00": {"main"},
     "02": {"main"},
-    "04": {"main", "coefficient", "scratch"},
+    "04": {"main", "coefficient", "scratch", "lengths"},
     "05": {"main", "target", "coefficient"},
     "06": {"main", "qat"},
     "07": {"main"},

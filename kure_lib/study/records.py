@@ -158,22 +158,23 @@ def forget(config: RunConfig) -> None:
         path.unlink(missing_ok=True)
 
 
-def _name(config: RunConfig) -> str:
+def run_name(config: RunConfig) -> str:
+    """What the files of a run are called; a label alone may stand for runs that start from different ones."""
     return f"{config.label}-{config.key}"
 
 
 def record_path(config: RunConfig) -> Path:
-    return results() / "records" / f"{_name(config)}.json"
+    return results() / "records" / f"{run_name(config)}.json"
 
 
 def weights_path(config: RunConfig) -> Path:
     """Where the weights lie: in `weights/` if they are committed, else in `weights/local/`, which git ignores."""
-    committed = results() / "weights" / f"{_name(config)}.safetensors"
+    committed = results() / "weights" / f"{run_name(config)}.safetensors"
     return committed if committed.is_file() else committed.parent / "local" / committed.name
 
 
 def checkpoint_path(config: RunConfig) -> Path:
-    return results() / "checkpoints" / f"{_name(config)}.pt"
+    return results() / "checkpoints" / f"{run_name(config)}.pt"
 
 
 def write(record: Record) -> None:
@@ -203,7 +204,7 @@ def locked(config: RunConfig, wait: float | None = None) -> Iterator[None]:
 
     Raises `KureError` after `wait` seconds; None: never.
     """
-    path = results() / "checkpoints" / f"{_name(config)}.lock"
+    path = results() / "checkpoints" / f"{run_name(config)}.lock"
     make_folder(path.parent)
     lock = FileLock(path)
     try:

@@ -1,6 +1,7 @@
 """The plan of each profile: which runs it has, where each starts, and how they are selected."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_the_profiles_have_the_runs_of_the_design():
     tuning = 1 + 2 * 3 + 5 * (3 + 2) + 2 * (4 + 2) + (5 + 2)
     rivals = 12 * 3 + 2 * 2 * 2 + tuning
     assert counts == {
-        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2,
+        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2 + 3,
         "quick": (3 + 1 + 1 + 2) + 3,
         "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1) + (3 * 3 + 4 + 2 * 2 + 9) + rivals,
         "imagenet": 3 * 3 + (3 + 1),
@@ -41,7 +42,7 @@ def test_every_run_comes_after_its_start_and_once(profile):
         seen.add(run.config)
         assert (run.model, run.seed) == (run.config.model, run.config.seed)
         assert run.arm in ARMS or run.part in ("rivals", "tuning")
-    assert len(seen) == len({config.key for config in seen}) == len({c.label for c in seen}) == len(plan(profile).runs)
+    assert len(seen) == len({config.key for config in seen}) == len(plan(profile).runs)
 
 
 @EVERY_PROFILE
@@ -81,6 +82,23 @@ def test_scratch_differs_from_pretraining_in_the_regularizer_alone(profile):
     for run in planned.select(arm="scratch"):
         (pretrained,) = planned.select(model=run.model, arm="pretrained", seed=run.seed)
         assert run.config.model_copy(update={"regularizer": None}) == pretrained.config
+
+
+def test_other_lengths_of_pretraining_repeat_the_main_arms(monkeypatch):
+    """Their keys are those under which the runs were trained."""
+    small, *others = PROFILES["study"]
+    monkeypatch.setitem(PROFILES, "study", (replace(small, lengths=(60,), length_seeds=2), *others))
+    longer = plan("study").select(part="lengths")
+    assert [(run.arm, run.seed, run.config.key) for run in longer] == [
+        ("pretrained", 0, "01c6ab978a"), ("control", 0, "dc85e733e0"), ("kure", 0, "656d4e1a10"),
+        ("pretrained", 1, "255ee88083"), ("control", 1, "3746e049f4"), ("kure", 1, "c473248f57"),
+    ]  # fmt: skip
+    main = plan("study").select(model="resnet20", part="main", seed=[0, 1])
+    for run, usual in zip(longer, main, strict=True):
+        assert (run.config.start or run.config).epochs == 60
+        start = usual.config.start and usual.config.start.model_copy(update={"epochs": 60})
+        same = {"start": start} if start else {"epochs": 60}
+        assert run.config == usual.config.model_copy(update=same)
 
 
 def test_profiles_differ_in_scale():
