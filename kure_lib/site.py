@@ -110,7 +110,7 @@ def _made(stem: str, book: nbformat.NotebookNode) -> dict[str, list[dict[str, st
         if cell.cell_type == "markdown":
             section = [section, *re.findall(r"^#+ (.+)", cell.source, re.MULTILINE)][-1]
             continue
-        for kind, name in _results(cell.source):
+        for kind, name in _results(cell):
             text = paths.results() / kind / f"{name}.md"
             words = name.replace("_", " ").strip().capitalize()
             made[kind].append({
@@ -120,15 +120,14 @@ def _made(stem: str, book: nbformat.NotebookNode) -> dict[str, list[dict[str, st
     return made
 
 
-def _results(source: str) -> list[tuple[str, str]]:
-    """The figures and tables on disk whose names a cell gives to `show`, by kind and name."""
-    suffixes = {"figures": "png", "tables": "md"}
-    return [
-        (f"{kind}s", name)
-        for kind, arguments in re.findall(r"show\.(figure|table)\((.*?)(?=show\.|\Z)", source, re.DOTALL)
-        for name in re.findall(r'"(\w+)"', arguments)
-        if (paths.results() / f"{kind}s" / f"{name}.{suffixes[f'{kind}s']}").is_file()
-    ]
+def _results(cell: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """The figures that a code cell names and the tables that it shows, as they are on disk, by kind and name."""
+    names = set(re.findall(r'"(\w+)"', cell.source))
+    figures = [file.stem for file in sorted((paths.results() / "figures").glob("*.png")) if file.stem in names]
+    shown = {output.data.get("text/markdown", "").strip() for output in cell.outputs if "data" in output}
+    tables = sorted((paths.results() / "tables").glob("*.md")) if shown - {""} else []
+    tables = [file for file in tables if file.read_text(encoding="utf-8").strip() in shown]
+    return [*(("figures", name) for name in figures), *(("tables", file.stem) for file in tables)]
 
 
 def _page(book: nbformat.NotebookNode, pages: dict[str, str], folder: Path) -> nbformat.NotebookNode:
@@ -144,7 +143,7 @@ def _page(book: nbformat.NotebookNode, pages: dict[str, str], folder: Path) -> n
 
     for i, cell in enumerate(book.cells):
         if cell.cell_type == code:
-            made = _results(cell.source)
+            made = _results(cell)
             cells += [text("\n".join(f'<span id="{name}"></span>' for _, name in made))] if made else []
             words = " and ".join(name.replace("_", " ") for _, name in made) or "figure"
             cell.metadata.setdefault("tags", []).append("hide-input")

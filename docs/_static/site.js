@@ -5,6 +5,7 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const part of document.querySelectorAll("article :is(pre, .table-wrapper, .math, .scroll, .output)")) {
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
   }
+  for (const caption of document.querySelectorAll(".caption[role=heading]")) caption.ariaLevel = 2;
   for (const board of document.querySelectorAll(".board")) {
     const buttons = [...board.querySelectorAll("button")];
     for (const button of buttons) {

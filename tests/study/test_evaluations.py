@@ -24,9 +24,12 @@ def test_the_committed_table_holds_every_evaluation_of_the_records():
 def test_a_row_says_how_the_network_was_quantized():
     (record,) = (STUDY / "records").glob("resnet20-kure-1.8-1-seed0-*.json")
     content = json.loads(record.read_text("utf-8"))
-    chosen = TABLE[(TABLE.record == content["key"]) & (TABLE.grid == "nf4") & (TABLE.scope == "per channel")]
-    chosen = chosen[(chosen.reestimate_batch_norm == "False") & (chosen.step_ratio == "1")]
-    key = '{"grid": "nf4", "per_channel": true, "weight_bits": 4}'
+    chosen = TABLE[(TABLE.record == content["key"]) & (TABLE.grid == "signed_int") & (TABLE.scope == "per channel")]
+    chosen = chosen[
+        (chosen.rounding == "even") & (chosen.reestimate_batch_norm == "True") & (chosen.weight_bits == "2")
+    ]
+    fields = {"calibration": 512, "grid": "signed_int", "master": "even", "per_channel": True}
+    key = json.dumps(fields | {"reestimate_batch_norm": True, "weight_bits": 2})
     assert chosen.top1.astype(float).tolist() == [content["evaluations"][key][0]]
     assert set(chosen.arm) == {"kure"} and set(chosen.part) == {"main"} and set(chosen.target) == {"1.8"}
 
