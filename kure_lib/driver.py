@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from queue import Queue
 from statistics import median
 from typing import Any
 
-import psutil
-import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -82,18 +81,13 @@ def _images(config: RunConfig) -> int:
 
 def workers() -> int:
     """How many runs are trained at once: one for each GPU, else one for each core."""
-    return torch.cuda.device_count() or _cores()
-
-
-def _cores() -> int:
-    return psutil.cpu_count(logical=False) or 1
+    return len(device.gpus()) or device.cores()
 
 
 def _places(jobs: int) -> list[dict[str, str]]:
     """The environment of every worker: they take turns with the GPUs, where there are any."""
-    count = torch.cuda.device_count()
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    return [{"CUDA_VISIBLE_DEVICES": gpus[i % count]} if count else {} for i in range(jobs)]
+    gpus = device.gpus()
+    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(jobs)]
 
 
 def train(planned: Plan, jobs: int | None = None) -> None:
@@ -131,7 +125,10 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     One that fails spares the others. Returns what went wrong, in reading order.
     """
     others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
-    threads = max(1, _cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
+    threads = max(1, device.cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
+    free: Queue[dict[str, str]] = Queue()
+    for place in _places(jobs):
+        free.put({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **place})
     changed: dict[str, Any] = PARAMETERS.get(profile, {})
     failed: dict[str, str] = {}
     with tqdm(total=len(others) + len(last), desc="notebooks", unit="notebook", disable=None) as bar:
@@ -139,10 +136,13 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
         def execute(stem: str) -> None:
             if bar.disable:
                 print(f"executing {stem}", flush=True)
+            place = free.get()
             try:
-                notebooks.execute(stem, profile, parameters=changed.get(stem[:2]), threads=threads)
+                notebooks.execute(stem, profile, parameters=changed.get(stem[:2]), environment=place)
             except KureError as error:
                 failed[stem] = str(error)
+            finally:
+                free.put(place)
             bar.update()
 
         pool = ThreadPoolExecutor(jobs)
