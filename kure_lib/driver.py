@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from queue import Queue
@@ -21,6 +22,7 @@ from kure_lib.paths import KureError
 from kure_lib.study import plans, records, runs
 from kure_lib.study.plans import Plan
 from kure_lib.study.profiles import PARAMETERS
+from kure_lib.study.records import Record
 from kure_lib.training.configs import RunConfig
 
 COMMITTED = paths.ROOT / "results" / "study" / "records"  # tell how long an epoch takes
@@ -90,22 +92,29 @@ def _places(jobs: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(jobs)]
 
 
-def train(planned: Plan, jobs: int | None = None) -> None:
+def train(planned: Plan, jobs: int | None = None, cluster: str | None = None) -> None:
     """Train every run of the plan that has no record, several at once, each in a process of its own.
 
-    Shows one bar over all epochs with the time left; where there is no terminal, a plain line for each epoch.
-    Raises `KureError` if a run fails; those that do not start from it are trained all the same.
+    The processes are those of this machine or, where `cluster` is the address of one, of a Ray cluster; this one alone
+    reads and writes results. Shows one bar over all epochs with the time left; where there is no terminal, a plain line
+    for each epoch. Raises `KureError` if a run fails; those that do not start from it are trained all the same.
     """
     missing = {config.label: config for config in _missing(planned)}
     if not missing:
         return
-    starts = {label: config.start.label if config.start else None for label, config in missing.items()}
-    tasks = [engine.Task(label, partial(runs.get, config), starts[label]) for label, config in missing.items()]
     seen: dict[str, int] = {}
+    held: dict[str, ExitStack] = {}  # the locks of the runs that have begun
     total = sum(config.epochs for config in missing.values())
-    with tqdm(total=total, unit="epoch", desc="training", disable=None, smoothing=0.05) as bar:
+    with ExitStack() as stack, tqdm(total=total, unit="epoch", desc="training", disable=None, smoothing=0.05) as bar:
 
-        def report(label: str, epoch: int, values: Mapping[str, float]) -> None:
+        def begin(config: RunConfig) -> tuple | None:
+            if config.label not in held:
+                held[config.label] = stack.enter_context(ExitStack())
+                held[config.label].enter_context(records.locked(config))
+            return None if records.find(config) else runs.inputs(config)
+
+        def report(label: str, epoch: int, values: Mapping[str, float], checkpoint: bytes) -> None:
+            files.write_atomically(records.checkpoint_path(missing[label]), checkpoint)
             # A resumed run begins to count at the epoch it goes on from.
             bar.update(epoch - seen.get(label, 0))
             seen[label] = epoch
@@ -116,7 +125,19 @@ def train(planned: Plan, jobs: int | None = None) -> None:
             else:
                 bar.set_postfix_str(line)
 
-        engine.run(tasks, _places(min(jobs or workers(), len(tasks))), report)
+        def finish(label: str, result: tuple[Record, bytes]) -> None:
+            runs.keep(*result)
+            held[label].close()
+
+        tasks = [
+            engine.Task(
+                label, partial(runs.elsewhere, config, records.checkpoint_path(config)),
+                config.start.label if config.start else None, partial(begin, config),
+            )
+            for label, config in missing.items()
+        ]  # fmt: skip
+        where = engine.Cluster(cluster, jobs) if cluster else engine.Pool(_places(min(jobs or workers(), len(tasks))))
+        engine.run(tasks, where, report, finish)
 
 
 def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
@@ -158,7 +179,13 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     return [failed[stem] for stem in sorted(failed)]
 
 
-def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jobs: int | None = None) -> Path:
+def run(
+    profile: str,
+    only: Iterable[str] | None = None,
+    fresh: bool = False,
+    jobs: int | None = None,
+    cluster: str | None = None,
+) -> Path:
     """Train what is missing, execute the notebooks, build the site.
 
     Args:
@@ -166,6 +193,7 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
         only: Numbers or names of notebooks, which then are the only ones executed; only the runs they need are trained.
         fresh: Whether to delete the profile's records of these runs first.
         jobs: How many runs are trained, and notebooks executed, at once; `workers()` if None.
+        cluster: The address of a Ray cluster to train on, or "auto"; notebooks are executed here.
 
     Returns:
         The path of the site's first page.
@@ -189,7 +217,7 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
             if fresh:
                 for each in chosen.runs:
                     records.forget(each.config)
-            train(chosen, jobs)
+            train(chosen, jobs, cluster)
             failed = _execute_all(stems, profile, jobs or workers())
             page = site.build(profile, failed)
     except Timeout:

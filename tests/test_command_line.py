@@ -55,10 +55,12 @@ def test_the_profiles_of_the_command_line_are_those_of_the_study():
 
 def test_the_large_profile_is_trained_and_no_notebook_executed(results_folder, monkeypatch, capsys):
     trained = []
-    monkeypatch.setattr(driver, "train", lambda planned, jobs: trained.append((planned.profile, jobs)))
+    monkeypatch.setattr(
+        driver, "train", lambda planned, jobs, cluster: trained.append((planned.profile, jobs, cluster))
+    )
     monkeypatch.setattr(driver, "run", None)
-    assert command_line.main(["--profile", "large", "--jobs", "2"]) == 0
-    assert trained == [("large", 2)]
+    assert command_line.main(["--profile", "large", "--jobs", "2", "--cluster", "auto"]) == 0
+    assert trained == [("large", 2, "auto")]
     assert "0 of 18 runs are on record." in capsys.readouterr().out
     assert command_line.main(["--profile", "large", "--only", "05"]) == 1
     assert capsys.readouterr().err == "Error: No notebook reads the profile large: leave --only out.\n"

@@ -189,7 +189,7 @@ def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_fol
     first, control, kure = (run.config for run in planned.runs)
 
     def kill():
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 500
         while time.monotonic() < deadline and not (records.find(control) and records.checkpoint_path(kure).exists()):
             time.sleep(0.1)
         time.sleep(1)  # the driver has seen by now that the control is done
