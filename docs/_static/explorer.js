@@ -45,7 +45,10 @@ function plot(id, data, x, title, at) {
           tooltip: [{ field: "arm" }, { field: "seed" }, { field: x, title }, { field: "top1", title: "top-1, %" }] } },
     ],
     config: { aria: false, view: { stroke: null }, legend: words, axis: { ...words, gridColor: "#8884", domainColor: "#888", tickColor: "#888" } },
-  }, { renderer: "svg", actions: false });
+  }, { renderer: "svg", actions: false }).then(() => { // its numbers are read from the sentence and the table
+    document.querySelector(`#${id} svg`).setAttribute("aria-hidden", "true");
+    for (const part of document.querySelectorAll(`#${id} [role]`)) part.removeAttribute("role");
+  });
 }
 
 function sentence(pairs, arms) {

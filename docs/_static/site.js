@@ -6,6 +6,7 @@ document.addEventListener("DOMContentLoaded", () => {
     if (part.scrollWidth > part.clientWidth) part.tabIndex = 0;
   }
   for (const caption of document.querySelectorAll(".caption[role=heading]")) caption.ariaLevel = 2;
+  for (const fold of document.querySelectorAll("summary[aria-label]")) fold.removeAttribute("aria-label"); // its text says more
   for (const board of document.querySelectorAll(".board")) {
     const buttons = [...board.querySelectorAll("button")];
     for (const button of buttons) {
