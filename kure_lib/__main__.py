@@ -48,6 +48,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="ignore what is on record, train it anew")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="train N networks at the same time")
     parser.add_argument("--open", action="store_true", help="show the site in a browser when it is built")
+    parser.add_argument("--cluster", metavar="ADDRESS", help="train on a Ray cluster: its address, or auto for the one "
+                        "that this machine is part of")  # fmt: skip
     parser.add_argument("--conda", action="store_true", help="take Python from conda, mamba or micromamba")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="show what would run and for how long")
@@ -143,7 +145,7 @@ def _run(asked: argparse.Namespace) -> int:
             return 0
         if asked.profile in profiles.ONLY_TRAINED:
             return _train(asked)
-        site = driver.run(asked.profile, only=asked.only, fresh=asked.fresh, jobs=asked.jobs)
+        site = driver.run(asked.profile, only=asked.only, fresh=asked.fresh, jobs=asked.jobs, cluster=asked.cluster)
         print(f"\n{scoreboard()}\n\nSite: {site}")
         if asked.open:
             webbrowser.open(site.as_uri())
@@ -164,7 +166,7 @@ def _train(asked: argparse.Namespace) -> int:
     if asked.fresh:
         for each in planned.runs:
             records.forget(each.config)
-    driver.train(planned, asked.jobs)
+    driver.train(planned, asked.jobs, asked.cluster)
     print(driver.describe(asked.profile))
     return 0
 

@@ -4,14 +4,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from queue import Queue
 from statistics import median
 from typing import Any
 
-import psutil
-import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from kure_lib.paths import KureError
 from kure_lib.study import plans, records, runs
 from kure_lib.study.plans import Plan
 from kure_lib.study.profiles import PARAMETERS
+from kure_lib.study.records import Record
 from kure_lib.training.configs import RunConfig
 
 COMMITTED = paths.ROOT / "results" / "study" / "records"  # tell how long an epoch takes
@@ -86,36 +86,38 @@ def _images(config: RunConfig) -> int:
 
 def workers() -> int:
     """How many runs are trained at once: one for each GPU, else one for each core."""
-    return torch.cuda.device_count() or _cores()
-
-
-def _cores() -> int:
-    return psutil.cpu_count(logical=False) or 1
+    return len(device.gpus()) or device.cores()
 
 
 def _places(jobs: int) -> list[dict[str, str]]:
     """The environment of every worker: they take turns with the GPUs, where there are any."""
-    count = torch.cuda.device_count()
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    return [{"CUDA_VISIBLE_DEVICES": gpus[i % count]} if count else {} for i in range(jobs)]
+    gpus = device.gpus()
+    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(jobs)]
 
 
-def train(planned: Plan, jobs: int | None = None) -> None:
+def train(planned: Plan, jobs: int | None = None, cluster: str | None = None) -> None:
     """Train every run of the plan that has no record, several at once, each in a process of its own.
 
-    Shows one bar over all epochs with the time left; where there is no terminal, a plain line for each epoch.
-    Raises `KureError` if a run fails; those that do not start from it are trained all the same.
+    The processes are those of this machine or, where `cluster` is the address of one, of a Ray cluster; this one alone
+    reads and writes results. Shows one bar over all epochs with the time left; where there is no terminal, a plain line
+    for each epoch. Raises `KureError` if a run fails; those that do not start from it are trained all the same.
     """
     missing = {records.run_name(config): config for config in _missing(planned)}
     if not missing:
         return
-    starts = {name: records.run_name(config.start) if config.start else None for name, config in missing.items()}
-    tasks = [engine.Task(name, partial(runs.get, config), starts[name]) for name, config in missing.items()]
     seen: dict[str, int] = {}
+    held: dict[str, ExitStack] = {}  # the locks of the runs that have begun
     total = sum(config.epochs for config in missing.values())
-    with tqdm(total=total, unit="epoch", desc="training", disable=None, smoothing=0.05) as bar:
+    with ExitStack() as stack, tqdm(total=total, unit="epoch", desc="training", disable=None, smoothing=0.05) as bar:
 
-        def report(name: str, epoch: int, values: Mapping[str, float]) -> None:
+        def begin(name: str) -> tuple | None:
+            if name not in held:
+                held[name] = stack.enter_context(ExitStack())
+                held[name].enter_context(records.locked(missing[name]))
+            return None if records.find(missing[name]) else runs.inputs(missing[name])
+
+        def report(name: str, epoch: int, values: Mapping[str, float], checkpoint: bytes) -> None:
+            files.write_atomically(records.checkpoint_path(missing[name]), checkpoint)
             # A resumed run begins to count at the epoch it goes on from.
             bar.update(epoch - seen.get(name, 0))
             seen[name] = epoch
@@ -126,7 +128,19 @@ def train(planned: Plan, jobs: int | None = None) -> None:
             else:
                 bar.set_postfix_str(line)
 
-        engine.run(tasks, _places(min(jobs or workers(), len(tasks))), report)
+        def finish(name: str, result: tuple[Record, bytes]) -> None:
+            runs.keep(*result)
+            held[name].close()
+
+        tasks = [
+            engine.Task(
+                name, partial(runs.elsewhere, config, records.checkpoint_path(config)),
+                records.run_name(config.start) if config.start else None, partial(begin, name),
+            )
+            for name, config in missing.items()
+        ]  # fmt: skip
+        where = engine.Cluster(cluster, jobs) if cluster else engine.Pool(_places(min(jobs or workers(), len(tasks))))
+        engine.run(tasks, where, report, finish)
 
 
 def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
@@ -135,7 +149,10 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     One that fails spares the others. Returns what went wrong, in reading order.
     """
     others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
-    threads = max(1, _cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
+    threads = max(1, device.cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
+    free: Queue[dict[str, str]] = Queue()
+    for place in _places(jobs):
+        free.put({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **place})
     changed: dict[str, Any] = PARAMETERS.get(profile, {})
     failed: dict[str, str] = {}
     with tqdm(total=len(others) + len(last), desc="notebooks", unit="notebook", disable=None) as bar:
@@ -143,10 +160,13 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
         def execute(stem: str) -> None:
             if bar.disable:
                 print(f"executing {stem}", flush=True)
+            place = free.get()
             try:
-                notebooks.execute(stem, profile, parameters=changed.get(stem[:2]), threads=threads)
+                notebooks.execute(stem, profile, parameters=changed.get(stem[:2]), environment=place)
             except KureError as error:
                 failed[stem] = str(error)
+            finally:
+                free.put(place)
             bar.update()
 
         pool = ThreadPoolExecutor(jobs)
@@ -162,7 +182,13 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     return [failed[stem] for stem in sorted(failed)]
 
 
-def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jobs: int | None = None) -> Path:
+def run(
+    profile: str,
+    only: Iterable[str] | None = None,
+    fresh: bool = False,
+    jobs: int | None = None,
+    cluster: str | None = None,
+) -> Path:
     """Train what is missing, execute the notebooks, build the site.
 
     Args:
@@ -170,6 +196,7 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
         only: Numbers or names of notebooks, which then are the only ones executed; only the runs they need are trained.
         fresh: Whether to delete the profile's records of these runs first.
         jobs: How many runs are trained, and notebooks executed, at once; `workers()` if None.
+        cluster: The address of a Ray cluster to train on, or "auto"; notebooks are executed here.
 
     Returns:
         The path of the site's first page.
@@ -193,7 +220,7 @@ def run(profile: str, only: Iterable[str] | None = None, fresh: bool = False, jo
             if fresh:
                 for each in chosen.runs:
                     records.forget(each.config)
-            train(chosen, jobs)
+            train(chosen, jobs, cluster)
             failed = _execute_all(stems, profile, jobs or workers())
             page = site.build(profile, failed)
     except Timeout:

@@ -60,7 +60,7 @@ def execute(
     profile: str,
     destination: Path | None = None,
     parameters: Mapping[str, object] | None = None,
-    threads: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Path:
     """Execute a notebook from top to bottom; keep the executed copy whole, or not at all.
 
@@ -70,7 +70,7 @@ def execute(
         destination: Where the copy goes; `results/<profile>/notebooks/<stem>.ipynb` if None.
         parameters: Others to set. Only those that differ from the notebook's own are injected, so that under its own
             profile the copy has the same cells.
-        threads: With how many the kernel computes, unless `OMP_NUM_THREADS` already says it.
+        environment: Environment variables of its process: the GPU it computes on, the number of its threads.
 
     Returns:
         The path of the copy.
@@ -92,7 +92,7 @@ def execute(
     with FileLock(partial.with_suffix(".lock")):  # a second copy of the study waits for its turn
         partial.unlink(missing_ok=True)
         before = {} if paths.checking() else _verdicts(results, stem)  # in check mode none is written
-        trouble = _papermill(source, partial, changes, threads)
+        trouble = _papermill(source, partial, changes, environment or {})
         after = _verdicts(results, stem)
         if not trouble and (missing := [id for id in after if after[id] in (None, before.get(id))]):
             trouble = f"did not write its verdict on {', '.join(missing)}."
@@ -156,13 +156,14 @@ def _verdicts(results: Path, stem: str) -> dict[str, tuple[int, int] | None]:
     return {id: (f.stat().st_mtime_ns, f.stat().st_ino) if f.exists() else None for id, f in files.items()}
 
 
-def _papermill(source: Path, partial: Path, changes: Mapping[str, object], threads: int | None) -> str | None:
+def _papermill(
+    source: Path, partial: Path, changes: Mapping[str, object], environment: Mapping[str, str]
+) -> str | None:
     """Execute `source` into `partial`. Returns None, or what went wrong, in words that follow the notebook's name."""
     command = [sys.executable, "-m", "papermill", source, partial, "--kernel", "python3", "--no-progress-bar"]
     command += ["--cwd", source.parent, "--execution-timeout", str(TIMEOUT)]
     command += ["--parameters_yaml", json.dumps(changes)] if changes else []
-    ours = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    environment = {**ours, **os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else a warning in the outputs
+    environment = {**os.environ, **environment, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else a warning in the outputs
     with tempfile.TemporaryFile() as log:
         with running(command, env=environment, stdout=log, stderr=log) as process:
             try:

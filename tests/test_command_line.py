@@ -58,10 +58,12 @@ def test_the_profiles_of_the_command_line_are_those_of_the_study():
 
 def test_the_large_profile_is_trained_and_no_notebook_executed(results_folder, monkeypatch, capsys):
     trained = []
-    monkeypatch.setattr(driver, "train", lambda planned, jobs: trained.append((planned.profile, jobs)))
+    monkeypatch.setattr(
+        driver, "train", lambda planned, jobs, cluster: trained.append((planned.profile, jobs, cluster))
+    )
     monkeypatch.setattr(driver, "run", None)
-    assert command_line.main(["--profile", "large", "--jobs", "2"]) == 0
-    assert trained == [("large", 2)]
+    assert command_line.main(["--profile", "large", "--jobs", "2", "--cluster", "auto"]) == 0
+    assert trained == [("large", 2, "auto")]
     assert "0 of 18 runs are on record." in capsys.readouterr().out
     assert command_line.main(["--profile", "large", "--only", "05"]) == 1
     assert capsys.readouterr().err == "Error: No notebook reads the profile large: leave --only out.\n"
@@ -256,14 +258,12 @@ def test_a_reading_of_the_committed_study_says_so_where_the_records_are_others(w
     assert executed[-1].source == "A reason."
 
 
-@pytest.mark.parametrize(("said", "used"), [(None, "3"), ("2", "2")])
-def test_notebooks_that_share_the_cores_get_threads_of_their_own(write, monkeypatch, said, used):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if said:
-        monkeypatch.setenv("OMP_NUM_THREADS", said)
-    write("import os; print(os.environ['OMP_NUM_THREADS'])", VERDICT)
-    cells = nbformat.read(notebooks.execute(STEM, "study", threads=3), as_version=4).cells
-    assert cells[1].outputs[0].text == f"{used}\n"
+def test_a_notebook_has_the_environment_it_is_given(write, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    write("import os; print(os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'])", VERDICT)
+    given = {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": ""}
+    cells = nbformat.read(notebooks.execute(STEM, "study", environment=given), as_version=4).cells
+    assert cells[1].outputs[0].text == "3 \n"
 
 
 def test_under_its_own_profile_a_notebook_keeps_its_cells_and_its_bytes(write, tmp_path):

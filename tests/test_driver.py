@@ -5,11 +5,11 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import nbformat
 import pytest
-import torch
 from filelock import FileLock
 from helpers import TINY, same_weights
 
@@ -101,13 +101,37 @@ def test_every_run_is_listed_with_its_state(results_folder, timed):
 
 
 def test_workers_take_turns_with_the_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in driver._places(3)] == ["0", "1", "0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8a")
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in driver._places(3)] == ["5", "GPU-8a", "5"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert driver._places(2) == [{}, {}]
+    eight = [str(i) for i in range(8)]
+    monkeypatch.setattr(device, "gpus", lambda: eight)
+    assert driver.workers() == 8
+    taken = [place["CUDA_VISIBLE_DEVICES"] for place in driver._places(10)]
+    assert taken == [*eight, "0", "1"], "more jobs than GPUs share them, none falls to the processor"
+    monkeypatch.setattr(device, "gpus", lambda: [])
+    assert driver._places(2) == [{}, {}] and driver.workers() == device.cores()
+
+
+@pytest.mark.parametrize(("said", "threads"), [(None, "3"), ("1", "1")])
+def test_notebooks_take_turns_with_the_gpus_and_share_the_cores(monkeypatch, said, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr(device, "gpus", lambda: ["4", "GPU-8a"])
+    monkeypatch.setattr(device, "cores", lambda: 6)
+    together, at_work, seen = threading.Barrier(2, timeout=60), Counter(), []
+
+    def execute(stem, profile, parameters, environment):
+        gpu = environment["CUDA_VISIBLE_DEVICES"]
+        at_work[gpu] += 1
+        if stem[:2] != "00":
+            together.wait()  # two at once
+        seen.append((gpu, at_work[gpu], environment["OMP_NUM_THREADS"]))
+        together.wait() if stem[:2] != "00" else None
+        at_work[gpu] -= 1
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+    assert driver._execute_all(["00_start", "01_a", "02_b", "03_c", "04_d"], "smoke", jobs=2) == []
+    assert len(seen) == 5 and {gpu for gpu, *_ in seen} == {"4", "GPU-8a"}
+    assert {(count, used) for _, count, used in seen} == {(1, threads)}
 
 
 # Training in several processes
@@ -165,8 +189,13 @@ def test_runs_that_share_a_label_are_all_listed_and_trained(results_folder, monk
     planned = plan("smoke")
     assert len({run.config.label for run in planned.runs}) < len(planned.runs)
     assert len(driver.describe("smoke").splitlines()) == len(planned.runs) + 2
-    monkeypatch.setattr(engine, "run", lambda tasks, places, report: made.extend(tasks))
     made = []
+
+    def take(tasks, where, on_report, on_result):
+        made.extend(tasks)
+        where.cancel()
+
+    monkeypatch.setattr(engine, "run", take)
     driver.train(planned)
     names = [task.name for task in made]
     assert len(set(names)) == len(planned.runs)
@@ -180,7 +209,7 @@ def test_a_killed_worker_is_one_sentence_and_what_was_finished_stays(results_fol
     first, control, kure = (run.config for run in planned.runs)
 
     def kill():
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 500
         while time.monotonic() < deadline and not (records.find(control) and records.checkpoint_path(kure).exists()):
             time.sleep(0.1)
         time.sleep(1)  # the driver has seen by now that the control is done

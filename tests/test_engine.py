@@ -4,7 +4,9 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from functools import partial
+from queue import Queue
 
 import psutil
 import pytest
@@ -62,7 +64,7 @@ def test_a_task_begins_after_the_one_it_waits_for_and_each_place_is_taken_once(n
     tasks = [noting("second", after="first"), noting("first"), noting("third", after="second"),
              noting("other"), noting("free", after="no task", known=False)]  # fmt: skip
     reports = []
-    engine.run(tasks, [{"PLACE": "a"}, {"PLACE": "b"}], lambda *values: reports.append(values))
+    engine.run(tasks, engine.Pool([{"PLACE": "a"}, {"PLACE": "b"}]), lambda *values: reports.append(values))
     assert {name for name, *_ in reports} == {task.name for task in tasks} and len(reports) == len(tasks)
     assert all(in_order for _, in_order, *_ in reports)
     assert len({(place, process) for *_, place, process in reports}) == 2
@@ -75,7 +77,7 @@ def test_a_task_that_fails_spares_those_that_do_not_wait_for_it(tasks, noting, t
     grandchild = noting("grandchild", after="child", known=False)
     others = [noting("other"), noting("its child", after="other")]
     with pytest.raises(ValueError, match="in a worker: "):
-        engine.run([grandchild, child, broken, *others], [{}], lambda *values: None)
+        engine.run([grandchild, child, broken, *others], engine.Pool([{}]), lambda *values: None)
     assert {file.name for file in (tmp_path / "finished").iterdir()} == {"other", "its child"}
     assert not multiprocessing.active_children()
 
@@ -83,7 +85,7 @@ def test_a_task_that_fails_spares_those_that_do_not_wait_for_it(tasks, noting, t
 def test_what_several_tasks_say_is_told_once_each(tasks):
     failing = [engine.Task(f"broken {i}", partial(tasks.fail, about=about)) for i, about in enumerate("aba")]
     with pytest.raises(KureError) as error:
-        engine.run(failing, [{}, {}], lambda *values: None)
+        engine.run(failing, engine.Pool([{}, {}]), lambda *values: None)
     assert sorted(str(error.value).splitlines()) == ["in a worker: a", "in a worker: b"]
 
 
@@ -96,10 +98,70 @@ def test_a_killed_process_is_one_sentence_that_names_its_task(tasks, noting):
 
     sentence = "The process of long was killed, perhaps for want of memory: start again with a smaller --jobs"
     with pytest.raises(KureError, match=sentence) as error:
-        engine.run([noting("short"), engine.Task("long", tasks.wait, after="short")], [{}], kill)
+        engine.run([noting("short"), engine.Task("long", tasks.wait, after="short")], engine.Pool([{}]), kill)
     assert "\n" not in str(error.value)
     assert not multiprocessing.active_children()
     assert time.monotonic() - begun < 600  # the time for which the task would have gone on
+
+
+class Losing:
+    """An engine in this process that loses every task so many times before it carries it out."""
+
+    at_once, retries = 2, 3
+
+    def __init__(self, **losses):
+        self.losses, self.reports, self.begun, self.ended = losses, Queue(), [], False
+
+    def submit(self, task, inputs):
+        self.begun.append((task.name, *inputs))
+        future = Future()
+        if sum(name == task.name for name, *_ in self.begun) <= self.losses.get(task.name, 0):
+            future.set_exception(engine.Lost())
+        else:
+            future.set_result(task.work(lambda *values: self.reports.put((task.name, *values)), *inputs))
+        return future
+
+    def error(self, future):
+        return future.exception()
+
+    def cancel(self):
+        self.ended = True
+
+
+def numbered(name, after=None):
+    """A task that begins with the number of its attempt, reports it and gives it back."""
+    attempts = iter(range(10))
+    return engine.Task(name, lambda report, n: report(n) or n, after, lambda: (next(attempts),))
+
+
+def test_a_task_whose_process_is_lost_begins_again_with_the_inputs_of_then():
+    losing, reports, results = Losing(a=3, b=1), [], []
+    tasks = [numbered("a"), numbered("b"), numbered("c", after="a")]
+    engine.run(tasks, losing, lambda *report: reports.append(report), lambda *result: results.append(result))
+    assert sorted(results) == sorted(reports) == [("a", 3), ("b", 1), ("c", 0)]
+    assert [name for name, _ in losing.begun].index("c") > losing.begun.index(("a", 3))
+    assert losing.ended
+
+
+def test_a_task_that_is_lost_too_often_is_one_sentence_and_spares_the_others():
+    losing, results = Losing(a=4), []
+    tasks = [numbered("a"), numbered("b"), numbered("c", after="a")]
+    with pytest.raises(KureError, match="The process of a was killed"):
+        engine.run(tasks, losing, lambda *report: None, lambda *result: results.append(result))
+    assert results == [("b", 0)] and losing.ended
+
+
+def test_a_task_for_which_nothing_is_left_to_do_is_not_begun():
+    losing, results = Losing(), []
+    tasks = [engine.Task("done", None, inputs=lambda: None), numbered("next", after="done")]
+    engine.run(tasks, losing, lambda *report: None, lambda *result: results.append(result))
+    assert results == [("next", 0)] and losing.begun == [("next", 0)]
+
+
+def test_without_ray_a_cluster_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(KureError, match=r"needs Ray, which is not installed: run, .* -m pip install '.\[cluster\]'"):
+        engine.Cluster("auto")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills the children of a process that was killed")
@@ -111,7 +173,7 @@ import tasks_of_the_test as tasks
 from kure_lib import engine, notebooks
 if __name__ == "__main__":
     with notebooks.running(["sleep", "600"]):
-        engine.run([engine.Task("long", tasks.wait)], [{{}}], lambda *values: print("at work", flush=True))
+        engine.run([engine.Task("long", tasks.wait)], engine.Pool([{{}}]), lambda *values: print("at work", flush=True))
 """
     (tmp_path / "driver.py").write_text(script)
     with subprocess.Popen([sys.executable, tmp_path / "driver.py"], stdout=subprocess.PIPE, text=True) as process:

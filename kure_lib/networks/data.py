@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from kure_lib import paths
 from kure_lib.files import make_folder, read_sums, write_atomically
-from kure_lib.networks import pictures, tiny_imagenet
+from kure_lib.networks import device, pictures, tiny_imagenet
 from kure_lib.paths import DATA, KureError, check_known
 
 SHIFT = 2  # pixels by which a training image of up to 32 × 32 is moved at most, in each direction
@@ -182,7 +182,7 @@ _augmented = v2.Compose([v2.RandomResizedCrop(CROP), v2.RandomHorizontalFlip()])
 
 def _readers() -> int:
     """The number of processes that read pictures."""
-    return min(os.cpu_count() or 1, 16)
+    return min(device.cores(), 16)
 
 
 class _Pictures(torch.utils.data.Dataset):

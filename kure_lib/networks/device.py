@@ -1,31 +1,97 @@
 """The device on which networks run, the arithmetic they run in, and what a record says of both."""
 
+import math
+import os
 import platform
+import re
 import subprocess
 import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 
-from kure_lib.paths import ROOT
+from kure_lib.paths import ROOT, KureError
 
 CLEARLY = 1.3  # times as fast: what bfloat16 must be to be worth its rounding
 
 
 def device() -> torch.device:
-    """The first GPU that PyTorch sees, else the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first GPU that PyTorch sees, else the processor.
+
+    Raises `KureError` if `CUDA_VISIBLE_DEVICES` names a GPU and PyTorch sees none: nothing falls silently to the
+    processor, where a run takes a hundred times as long.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if named := _named_gpus():
+        raise KureError(f"CUDA_VISIBLE_DEVICES names {','.join(named)}, and PyTorch sees no GPU: correct it, install a "
+                        "PyTorch for CUDA, or set it to nothing to compute on the processor.")  # fmt: skip
+    return torch.device("cpu")
+
+
+def gpus() -> list[str]:
+    """The GPUs that processes can take turns with, by the names that `CUDA_VISIBLE_DEVICES` gives them.
+
+    The user's own names stay as they are, be they numbers, UUIDs or parts of a GPU (MIG), of which one process sees
+    the first alone. Raises `KureError` if PyTorch does not see all that are named.
+    """
+    if device().type == "cpu":
+        return []
+    named, count = _named_gpus(), torch.cuda.device_count()
+    if named and len(named) != count and not named[0].startswith("MIG-"):
+        raise KureError(f"CUDA_VISIBLE_DEVICES names {','.join(named)}, and PyTorch sees {count} of these "
+                        f"{len(named)}: name only GPUs that are there, each once.")  # fmt: skip
+    return named or [str(i) for i in range(count)]
+
+
+def _named_gpus() -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` names, up to the first that is no name, such as -1: there CUDA stops reading."""
+    named = []
+    for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
+        if not re.match(r"\d+$|GPU-|MIG-", name.strip()):
+            break
+        named.append(name.strip())
+    return named
+
+
+def cores() -> int:
+    """How many processor cores this process may use: those that the machine, its affinity and its cgroup leave it."""
+    if count := getattr(os, "process_cpu_count", None):  # Python 3.13 and later
+        allowed = count()
+    else:
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return int(max(1, min(allowed or 1, psutil.cpu_count(logical=False) or math.inf, _quota())))
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """How many cores' time the cgroup of this process and those around it leave it, rounded up; infinite if any."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    group = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
+    shares = [math.inf]
+    for folder in (group, *group.parents):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+            shares.append(math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError):  # no limit there, or "max"
+            continue
+    return min(shares)
 
 
 @cache
 def precision() -> Literal["float32", "bfloat16"]:
     """`bfloat16` where the machine multiplies it natively and clearly faster than float32, else `float32`."""
     if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)  # not that of a V100 or T4
+        return "bfloat16" if native else "float32"
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bfloat16" if native and _product_speedup(torch.bfloat16) > CLEARLY else "float32"
 

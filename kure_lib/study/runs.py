@@ -7,17 +7,19 @@ mode nothing is computed, and what is missing is an error.
 
 import hashlib
 import math
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, evaluation
 from kure_lib.networks.evaluation import Evaluation
 from kure_lib.networks.layers import quantized_layers, regularized_layers
-from kure_lib.paths import KureError, checking
+from kure_lib.paths import KureError, checking, say
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import views
 from kure_lib.study.records import (
@@ -57,21 +59,81 @@ def get(config: RunConfig, on_epoch: Callable[[int, dict[str, float]], None] = l
         first = get(config.start, on_epoch)
         first.check_data()
         start = first.weights
-    checkpoint = checkpoint_path(config)
     with locked(config):
         if record := find(config):  # finished by another process in the meantime
             return record
-        model, trained = loop.fit(config, start, checkpoint, on_epoch)
-        content = safetensors.torch.save({name: v.contiguous() for name, v in model.state_dict().items()})
-        write_atomically(weights_path(config), content)
-        record = Record(
-            key=config.key, config=config, **trained.model_dump(), layers=_summaries(model),
-            weights_sha256=hashlib.sha256(content).hexdigest(),
-            provenance=device.provenance() | data.identity(config.data),
-        )  # fmt: skip
-        write(record)
-        checkpoint.unlink(missing_ok=True)
+        record, weights = _trained(config, start, checkpoint_path(config), on_epoch)
+        keep(record, weights)
     return record
+
+
+def _trained(
+    config: RunConfig, start: dict[str, Tensor] | None, checkpoint: Path, on_epoch: Callable
+) -> tuple[Record, bytes]:
+    model, trained = loop.fit(config, start, checkpoint, on_epoch)
+    content = safetensors.torch.save({name: v.contiguous() for name, v in model.state_dict().items()})
+    record = Record(
+        key=config.key, config=config, **trained.model_dump(), layers=_summaries(model),
+        weights_sha256=hashlib.sha256(content).hexdigest(),
+        provenance=device.provenance() | data.identity(config.data),
+    )  # fmt: skip
+    return record, content
+
+
+def keep(record: Record, weights: bytes) -> None:
+    """Write a finished run, the weights first, and delete its checkpoint."""
+    write_atomically(weights_path(record.config), weights)
+    write(record)
+    checkpoint_path(record.config).unlink(missing_ok=True)
+
+
+def inputs(config: RunConfig) -> tuple[bytes | None, bytes | None]:
+    """What `elsewhere` begins with: the weights of the run that this one starts from, and its own checkpoint, if any.
+
+    A damaged checkpoint is named on stderr and left aside. Raises `KureError` if the first run is damaged or missing.
+    """
+    start, saved, checkpoint = None, None, checkpoint_path(config)
+    if config.start:
+        first = get(config.start)
+        first.check_data()
+        start = safetensors.torch.save(first.weights)
+    if checkpoint.exists():
+        try:
+            loop.read_checkpoint(checkpoint, config)
+            saved = checkpoint.read_bytes()
+        except KureError as error:
+            say(f"{error}: it is left aside, and the run starts again from its first epoch.")
+    return start, saved
+
+
+def elsewhere(
+    config: RunConfig,
+    checkpoint: Path,
+    report: Callable[[int, dict[str, float], bytes], None],
+    start: bytes | None,
+    saved: bytes | None,
+) -> tuple[Record, bytes]:
+    """Train a run in another process, perhaps of another machine, which writes no results.
+
+    Args:
+        config: The run.
+        checkpoint: Where the first process keeps the checkpoint, for what is said of it.
+        report: Called after every epoch with the number of finished ones, the values of the last, and the checkpoint.
+        start: The weights it starts from, as a safetensors file holds them.
+        saved: The checkpoint it goes on from.
+
+    Returns:
+        The record, and the weights as `keep` takes them.
+    """
+    with tempfile.TemporaryDirectory(prefix="kure-") as folder:
+        here = Path(folder) / checkpoint.name
+        if saved:
+            here.write_bytes(saved)
+        weights = safetensors.torch.load(start) if start else None
+        try:
+            return _trained(config, weights, here, lambda epoch, values: report(epoch, values, here.read_bytes()))
+        except KureError as error:
+            raise KureError(str(error).replace(str(here), str(checkpoint))) from error
 
 
 def evaluate(record: Record, spec: QuantizationSpec = FULL_PRECISION) -> Evaluation:

@@ -206,7 +206,7 @@ def tiny_imagenet(tmp_path, monkeypatch):
                 picture = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
                 picture.save(folder / f"{name}_{i}.JPEG")
     monkeypatch.setenv("KURE_IMAGENET", str(tmp_path))
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(data.device, "cores", lambda: 1)
     return tmp_path
 
 

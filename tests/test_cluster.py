@@ -1,0 +1,148 @@
+"""A Ray cluster of two machines, played by two node processes on this one: the same weights, whatever is killed.
+
+The machines share no results: the driver alone reads and writes. Run by `pytest -m cluster tests/test_cluster.py`.
+"""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from helpers import TINY
+
+from kure_lib import driver
+from kure_lib.study import records, runs
+from kure_lib.study.plans import KURE, Plan, Planned
+from kure_lib.training.configs import RunConfig
+
+pytestmark = pytest.mark.cluster
+PATIENCE = {  # what a busy machine needs: seconds, milliseconds, and missed answers to health checks
+    "RAY_raylet_start_wait_time_s": "300", "RAY_worker_register_timeout_seconds": "300",
+    "RAY_agent_register_timeout_ms": "300000", "RAY_USAGE_STATS_ENABLED": "0",
+}  # fmt: skip
+PORTS = ("metrics_agent_port", "runtime_env_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
+
+
+def node() -> dict:
+    """A node with one core; its ports are said, as it waits only 15 seconds until its agents have found some."""
+    sockets = [socket.socket() for _ in PORTS]
+    for each in sockets:
+        each.bind(("", 0))
+    ports = {name: each.getsockname()[1] for name, each in zip(PORTS, sockets, strict=True)}
+    for each in sockets:
+        each.close()
+    return {"num_cpus": 1, "object_store_memory": 100 * 2**20, **ports}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**PATIENCE, "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        machines = Cluster(initialize_head=True, head_node_args={**node(), "include_dashboard": False})
+        machines.add_node(**node())
+        yield machines
+        machines.shutdown()
+
+
+def tiny_plan(epochs: int = 1) -> Plan:
+    """A run, and two that start from it and last so many epochs."""
+    settings = {"model": "resnet20", **TINY, "train_size": 128, "epochs": 1}
+    first = RunConfig(**settings)
+    tuned = {**settings, "start": first, "epochs": epochs}
+    return Plan("trial", (
+        Planned("resnet20", "pretrained", "main", first),
+        Planned("resnet20", "control", "main", RunConfig(**tuned)),
+        Planned("resnet20", "kure", "main", RunConfig(**tuned, regularizer=KURE)),
+    ))  # fmt: skip
+
+
+def digests(planned: Plan) -> list[str]:
+    return [records.find(run.config).weights_sha256 for run in planned.runs]
+
+
+@pytest.fixture
+def alone(results_folder, monkeypatch):
+    """The digests of the weights that one process here trains."""
+
+    def train(planned: Plan) -> list[str]:
+        with monkeypatch.context() as patch:
+            patch.setenv("KURE_RESULTS", str(results_folder.parent / "alone"))
+            return [runs.get(run.config).weights_sha256 for run in planned.runs]
+
+    return train
+
+
+def when(condition, act) -> threading.Thread:
+    """Acts as soon as the condition holds."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 500
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_two_machines_train_what_one_process_does_bit_for_bit(cluster, alone):
+    planned = tiny_plan()
+    driver.train(planned, cluster=cluster.address)
+    assert digests(planned) == alone(planned)
+
+
+def test_a_killed_worker_goes_on_to_the_same_weights(cluster, alone, capsys):
+    planned = tiny_plan(epochs=12)
+    kure = planned.runs[-1].config
+
+    def kill() -> None:
+        (worker,) = [p for p in psutil.process_iter(["cmdline"]) if f"ray::{kure.label}" in p.info["cmdline"]]
+        worker.kill()
+
+    killer = when(records.checkpoint_path(kure).exists, kill)
+    driver.train(planned, cluster=cluster.address)
+    killer.join()
+    said = capsys.readouterr().out
+    assert said.count(f"{kure.label} epoch 1/12") == 1, "it goes on where it was"
+    assert digests(planned) == alone(planned)
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_cluster
+from kure_lib import driver
+driver.train(test_cluster.tiny_plan({epochs}), cluster={address!r})
+"""
+
+
+def test_a_driver_that_was_killed_trains_nothing_twice(cluster, alone, capsys):
+    planned = tiny_plan(epochs=12)
+    first, _, kure = (run.config for run in planned.runs)
+    folder = str(__file__).rpartition("/")[0]
+    script = DRIVER.format(tests=folder, epochs=12, address=cluster.address)
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        when(records.checkpoint_path(kure).exists, process.kill).join()
+    assert records.find(first) and not records.find(kure)
+    driver.train(planned, cluster=cluster.address)
+    said = capsys.readouterr().out
+    assert f"{first.label} epoch" not in said and f"{kure.label} epoch 1/12" not in said
+    assert digests(planned) == alone(planned)
+
+
+def test_the_tasks_of_a_machine_that_is_gone_move_to_another(cluster, alone):
+    planned = tiny_plan(epochs=12)
+    begun = [records.checkpoint_path(run.config).exists for run in planned.runs[1:]]
+    gone = when(lambda: all(each() for each in begun), lambda: cluster.remove_node(cluster.worker_nodes.copy().pop()))
+    driver.train(planned, cluster=cluster.address)
+    gone.join()
+    assert not cluster.worker_nodes
+    assert digests(planned) == alone(planned)
