@@ -261,14 +261,14 @@ def test_the_hooks_can_be_read():
     assert checked.returncode == 0, checked.stdout
 
 
-def test_pytest_without_arguments_finds_all_tests_and_doctests_and_no_benchmark():
+def test_pytest_without_arguments_finds_all_tests_and_doctests_but_those_on_demand():
     collected = run("pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
     assert collected.returncode == 0, collected.stdout
     files = {line.partition("::")[0] for line in collected.stdout.splitlines() if "::" in line}
     tests = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")}
-    benchmarks = {file for file in tests if file.startswith("tests/benchmarks/")}
-    assert {file for file in files if file.startswith("tests/benchmarks/")} == set()
-    assert benchmarks and tests - benchmarks <= files
+    on_demand = {file for file in tests if file.startswith(("tests/benchmarks/", "tests/test_cluster.py"))}
+    assert len(on_demand) > 1 and files & on_demand == set()
+    assert tests - on_demand <= files
     doctests = {str(file.relative_to(ROOT)) for file in MODULES if "\n    >>> " in file.read_text(encoding="utf-8")}
     assert doctests and doctests <= files
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 
 from kure_lib.paths import ROOT, KureError
@@ -62,6 +61,8 @@ def _named_gpus() -> list[str]:
 
 def cores() -> int:
     """How many processor cores this process may use: those that the machine, its affinity and its cgroup leave it."""
+    import psutil  # like torchvision, not needed for a network of the user's own
+
     if count := getattr(os, "process_cpu_count", None):  # Python 3.13 and later
         allowed = count()
     else:

@@ -118,8 +118,8 @@ class QuantizationSpec(BaseModel):
     def named(cls, key: str) -> "QuantizationSpec":
         """The specification that has the key.
 
-        >>> QuantizationSpec.named('{"block": 16, "grid": "nf4", "weight_bits": 4}').scope
-        Scope(name='block', size=16)
+        >>> print(QuantizationSpec.named('{"weight_bits": 4, "per_channel": true}').scope)
+        per channel
         """
         names = {name: field for field, name in _KEY_NAMES.items()}
         fields = {names.get(name, name): value for name, value in json.loads(key).items()}

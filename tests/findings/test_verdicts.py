@@ -56,7 +56,7 @@ def test_a_claim_is_a_short_sentence_with_an_effect_and_a_margin(id):
     words = [word for word in claim.statement.split() if re.search(r"[^\W_]", word)]
     assert len(words) <= 12
     assert claim.is_question is (id in OURS + QUESTIONS)
-    assert claim.notebooks and all(re.fullmatch(r"(0\d|1[0-3])_[a-z_]+", stem) for stem in claim.notebooks)
+    assert claim.notebooks and all(re.fullmatch(r"(0\d|1[0-6])_[a-z_]+", stem) for stem in claim.notebooks)
 
 
 def test_another_margin_than_the_usual_one_has_its_reason():

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from helpers import same_weights
-from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -142,7 +141,7 @@ def test_the_view_can_have_other_bit_widths_than_training(bits):
 
 @pytest.mark.parametrize("wrong", [{"weight_bits": 1}, {"weight_bits": 17}, {"activation_bits": 0}])
 def test_a_wrong_configuration_is_an_error(wrong):
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
+    with pytest.raises(KureError, match=f"cannot have {next(iter(wrong))}="):
         QatConfig(**{"quantizer": "lsq", "weight_bits": 4, "activation_bits": 4, **wrong})
     with pytest.raises(KureError, match="Unknown quantizer 'pact': choose one of dorefa, lsq"):
         QatConfig(quantizer="pact", weight_bits=4, activation_bits=4)
@@ -153,7 +152,7 @@ def test_a_configuration_has_a_name_and_the_bits_in_it():
     assert QatConfig.named("lsq 3/4") == LSQ and QatConfig.named("dorefa 3/4") == DOREFA
     with pytest.raises(KureError, match="Cannot read the bit-widths 'x'"):
         QatConfig.named("lsq x")
-    with pytest.raises(ValidationError, match="activation_bits"):
+    with pytest.raises(KureError, match="cannot have activation_bits=None"):
         QatConfig.named("lsq 4/FP")
 
 
