@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
@@ -145,8 +145,9 @@ def _run(asked: argparse.Namespace) -> int:
             return 0
         if asked.profile in profiles.ONLY_TRAINED:
             return _train(asked)
+        before = outcomes()
         site = driver.run(asked.profile, only=asked.only, fresh=asked.fresh, jobs=asked.jobs, cluster=asked.cluster)
-        print(f"\n{scoreboard()}\n\nSite: {site}")
+        print(f"\n{scoreboard(before)}\n\nSite: {site}")
         if asked.open:
             webbrowser.open(site.as_uri())
         return 0
@@ -171,15 +172,34 @@ def _train(asked: argparse.Namespace) -> int:
     return 0
 
 
-def scoreboard() -> str:
-    """The verdicts under the ambient profile: one line a claim, then the totals."""
+def outcomes() -> dict[str, str]:
+    """The outcome of every claim under the ambient profile, none if one cannot be read: a run replaces it."""
+    from kure_lib.findings import verdicts
+    from kure_lib.paths import KureError
+
+    with suppress(KureError):
+        board = verdicts.scoreboard()
+        return dict(zip(board.id, board.outcome, strict=True))
+    return {}
+
+
+def scoreboard(before: Mapping[str, str]) -> str:
+    """The verdicts under the ambient profile, one line a claim, then the totals and what has changed since `before`."""
     from kure_lib.findings import verdicts
 
     board = verdicts.scoreboard()
     rows = zip(board.id, board.outcome, board.statement, strict=True)
     lines = [f"{id:5}{outcome:12}{shorten(what, 92, placeholder=' …')}" for id, outcome, what in rows]
     totals = ", ".join(f"{count} {outcome}" for outcome, count in board.outcome.value_counts().items())
-    return "\n".join([*lines, f"{len(board)} claims and questions: {totals}."])
+    lines.append(f"{len(board)} claims and questions: {totals}.")
+    changed = [
+        f"{id} {outcome} (was {before[id]})"
+        for id, outcome in zip(board.id, board.outcome, strict=True)
+        if before.get(id, outcome) != outcome
+    ]
+    if set(before.values()) - {"not tested"}:  # there was an earlier run
+        lines.append(f"New since the last run: {', '.join(changed) or 'nothing'}.")
+    return "\n".join(lines)
 
 
 def lab(notebook: str, options: Sequence[str]) -> NoReturn:

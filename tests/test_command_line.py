@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -105,10 +106,31 @@ def test_stopping_says_how_to_go_on(monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("go on with ./run_all.sh --profile smoke --jobs 2\n")
 
 
+def test_what_is_new_on_the_board_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
+    committed = paths.ROOT / "results" / "study" / "verdicts"
+    folder = tmp_path / "smoke" / "verdicts"
+
+    def run(*arguments, **options):
+        shutil.copytree(committed, folder, dirs_exist_ok=True)
+        return tmp_path / "index.html"
+
+    monkeypatch.setattr(driver, "run", run)
+    said = []
+    for _ in range(3):
+        assert command_line.main(["--profile", "smoke"]) == 0
+        said.append(re.findall("New since the last run: .*", capsys.readouterr().out))
+        if len(said) == 2:
+            other = json.loads((folder / "W1.json").read_text()) | {"outcome": "undecided"}
+            (folder / "W1.json").write_text(json.dumps(other))
+    was = json.loads((committed / "W1.json").read_text())["outcome"]
+    assert said == [[], ["New since the last run: nothing."], [f"New since the last run: W1 {was} (was undecided)."]]
+
+
 def test_the_site_is_shown_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(driver, "run", lambda *arguments, **options: tmp_path / "index.html")
-    monkeypatch.setattr(command_line, "scoreboard", lambda: "the board")
+    monkeypatch.setattr(command_line, "scoreboard", lambda before: "the board")
     monkeypatch.setattr(webbrowser, "open", shown.append)
     assert command_line.main(["--profile", "smoke"]) == 0
     assert f"Site: {tmp_path / 'index.html'}" in capsys.readouterr().out and shown == []

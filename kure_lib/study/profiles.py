@@ -170,12 +170,14 @@ PARAMETERS = {
         "09": {"points": 3},
         "11": {"rows": 128},
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32},
+        "13": {"settings": "3/FP", "calibration": 32},
         "14": {"seeds": [1], "bits": [4, 2], "images": 500},
     },
     "quick": {
         "06": {"points": 9, "calibration": 64},
         "07": {"settings": "3/FP 4/4", "calibration": 64},
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0, 1.2], "searched": [3], "calibration": 64},
+        "13": {"settings": "3/FP 4/4", "calibration": 64},
         "14": {"seeds": [1], "bits": [4, 2], "images": 2000},
     },
 }
