@@ -164,6 +164,7 @@ ONLY_TRAINED = ("large",)  # profiles without notebooks
 #: Parameters of notebooks, other than the profile, that a profile changes.
 PARAMETERS = {
     "smoke": {
+        "00": {"weight_bits": [3], "calibration_size": 32},
         "02": {"image_count": 50},
         "06": {"points": 3, "calibration": 32},
         "07": {"settings": "3/FP", "calibration": 32},
@@ -174,6 +175,7 @@ PARAMETERS = {
         "14": {"seeds": [1], "bits": [4, 2], "images": 500},
     },
     "quick": {
+        "00": {"weight_bits": [3], "calibration_size": 64},
         "06": {"points": 9, "calibration": 64},
         "07": {"settings": "3/FP 4/4", "calibration": 64},
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0, 1.2], "searched": [3], "calibration": 64},
