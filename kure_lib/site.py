@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ STEPS_OF = {
     "fold_batch_norm": "batch norms folded",
     "reestimate_batch_norm": "batch norms re-estimated",
 }
+Marked = dict[int, list[tuple[str, str]]]  # by number of a cell: kind and name of what it keeps
 GRIDS = {"mid_rise": "mid-rise (2^M levels)", "mid_tread": "mid-tread (2^M + 1)", "signed_int": "signed integers"}
 
 
@@ -56,7 +57,10 @@ def build(profile: str, failed: Iterable[str] = ()) -> Path:
     found = evaluations.write(profile)
     books = _books()
     pages = {stem: _title(stem, book) for stem, book in books.items()}
-    gallery: list[dict[str, Any]] = [{"title": pages[stem], **_made(stem, book)} for stem, book in books.items()]
+    marked = {stem: _results(book) for stem, book in books.items()}
+    gallery: list[dict[str, Any]] = [
+        {"title": pages[stem], **_made(stem, book, marked[stem])} for stem, book in books.items()
+    ]
     hero = next((figure for page in gallery for figure in page["figures"] if figure["name"] == HERO), None)
     values = {
         "profile": profile, "intro": _introduction(), "failed": [reason.splitlines()[0] for reason in failed],
@@ -72,7 +76,8 @@ def build(profile: str, failed: Iterable[str] = ()) -> Path:
         for name in templates.list_templates(extensions=["md"]):
             (source / name).write_text(templates.get_template(name).render(values), encoding="utf-8")
         for stem, book in books.items():
-            nbformat.write(_page(book, pages, site / "notebooks"), source / "notebooks" / f"{stem}.ipynb")
+            page = _page(book, marked[stem], pages, site / "notebooks")
+            nbformat.write(page, source / "notebooks" / f"{stem}.ipynb")
         _sphinx(source, html)
         for name in ("figures", "tables"):
             if (paths.results() / name).is_dir():
@@ -102,15 +107,15 @@ def _title(stem: str, book: nbformat.NotebookNode) -> str:
     return first.lstrip("# ") if first.startswith("# ") else stem
 
 
-def _made(stem: str, book: nbformat.NotebookNode) -> dict[str, list[dict[str, str]]]:
-    """The figures and tables on disk that a notebook's cells make, each with its section and a link to its cell."""
+def _made(stem: str, book: nbformat.NotebookNode, marked: Marked) -> dict[str, list[dict[str, str]]]:
+    """The figures and tables that a notebook's cells make, each with its section and a link to its cell."""
     made: dict[str, list[dict[str, str]]] = {"figures": [], "tables": []}
     section = _title(stem, book)
-    for cell in book.cells:
+    for i, cell in enumerate(book.cells):
         if cell.cell_type == "markdown":
             section = [section, *re.findall(r"^#+ (.+)", cell.source, re.MULTILINE)][-1]
             continue
-        for kind, name in _results(cell):
+        for kind, name in marked[i]:
             text = paths.results() / kind / f"{name}.md"
             words = name.replace("_", " ").strip().capitalize()
             made[kind].append({
@@ -120,17 +125,20 @@ def _made(stem: str, book: nbformat.NotebookNode) -> dict[str, list[dict[str, st
     return made
 
 
-def _results(cell: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    """The figures that a code cell names and the tables that it shows, as they are on disk, by kind and name."""
-    names = set(re.findall(r'"(\w+)"', cell.source))
-    figures = [file.stem for file in sorted((paths.results() / "figures").glob("*.png")) if file.stem in names]
-    shown = {output.data.get("text/markdown", "").strip() for output in cell.outputs if "data" in output}
-    tables = sorted((paths.results() / "tables").glob("*.md")) if shown - {""} else []
-    tables = [file for file in tables if file.read_text(encoding="utf-8").strip() in shown]
-    return [*(("figures", name) for name in figures), *(("tables", file.stem) for file in tables)]
+def _results(book: nbformat.NotebookNode) -> Marked:
+    """The figures that each code cell names and the tables that it shows, as they are on disk."""
+    figures = {file.stem for file in (paths.results() / "figures").glob("*.png")}
+    tables = {file.read_text(encoding="utf-8").strip(): file.stem for file in (paths.results() / "tables").glob("*.md")}
+    found: Marked = defaultdict(list)
+    for i, cell in enumerate(book.cells):
+        if cell.cell_type == "code":
+            shown = {output.data.get("text/markdown", "").strip() for output in cell.outputs if "data" in output}
+            found[i] += [("figures", name) for name in sorted(figures & set(re.findall(r'"(\w+)"', cell.source)))]
+            found[i] += [("tables", name) for name in sorted(tables[text] for text in shown & tables.keys())]
+    return found
 
 
-def _page(book: nbformat.NotebookNode, pages: dict[str, str], folder: Path) -> nbformat.NotebookNode:
+def _page(book: nbformat.NotebookNode, marked: Marked, pages: dict[str, str], folder: Path) -> nbformat.NotebookNode:
     """The notebook as the site in `folder` shows it: one title, code folded, an anchor before whatever is kept."""
     text, code = nbformat.v4.new_markdown_cell, "code"
     cells = [] if book.cells and book.cells[0].source.startswith("# ") else [text(f"# {_title('Notebook', book)}")]
@@ -143,7 +151,7 @@ def _page(book: nbformat.NotebookNode, pages: dict[str, str], folder: Path) -> n
 
     for i, cell in enumerate(book.cells):
         if cell.cell_type == code:
-            made = _results(cell)
+            made = marked[i]
             cells += [text("\n".join(f'<span id="{name}"></span>' for _, name in made))] if made else []
             words = " and ".join(name.replace("_", " ") for _, name in made) or "figure"
             cell.metadata.setdefault("tags", []).append("hide-input")
@@ -241,6 +249,7 @@ def _vega() -> str:
 
 def _sphinx(source: Path, html: Path) -> None:
     command: list[Any] = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "-c", DOCS, source, html]
+    command += ["-d", source.with_name("read")]  # what Sphinx remembers is of no use to readers
     built = subprocess.run(command, capture_output=True, text=True, cwd=source)
     if built.returncode:
         wrong = (built.stderr or built.stdout).strip().splitlines() or [f"exit code {built.returncode}"]

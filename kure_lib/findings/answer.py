@@ -42,7 +42,7 @@ def markdown(folder: str) -> str:
         f"steps, {two_bits['lapq']:.1f} with LAPQ and {two_bits['practice']:.1f} with today's practice {link('P2')}.",
         f"**Robustness is one-sided.** At 4 bits KURE makes {robust['Δ = 1.1 Δ̃, w4']:.0f} % of the layers less "
         f"sensitive to a step 10 % too large, and {robust['Δ = 0.9 Δ̃, w4']:.0f} % to one 10 % too small {link('K2')}.",
-        f"**Quantization-aware networks need no rescue.** A step 2 % off costs the DoReFa control "
+        f"**Quantization-aware networks need no rescue here.** A step 2 % off costs the DoReFa control "
         f"{lost['dorefa 4/4, 2 % off costs the control']:.1f} points {link('S2')}.",
         f"**Few seeds decide little.** Of {len(board)} verdicts {len(undecided)} are undecided; noise refutes nothing "
         f"here {link('K3')}.",

@@ -46,9 +46,8 @@ COLUMNS = {
 
 def table(profile: str) -> pd.DataFrame:
     """One row an evaluation on record, runs in the order of the plan; the columns are those of `COLUMNS`."""
-    plans.open(profile)
     rows: list[dict[str, Any]] = []
-    for run in plans.plan(profile).runs:
+    for run in plans.open(profile).runs:
         if record := records.find(run.config):
             config = run.config
             about = config.model_dump() | {
