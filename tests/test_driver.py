@@ -268,6 +268,7 @@ def test_a_notebook_that_fails_spares_the_others_and_the_site(results_folder, tm
         notebooks, "execute", lambda stem, *rest, **more: (began.append(stem), execute(stem, *rest, **more))
     )
     monkeypatch.setattr(driver, "train", lambda *arguments: None)
+    monkeypatch.setitem(driver.PARAMETERS, "smoke", {})  # these notebooks have none of the study's
     with pytest.raises(KureError) as error:
         driver.run("smoke", jobs=2)
     folder = paths.results()
