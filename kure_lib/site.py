@@ -248,7 +248,7 @@ def _vega() -> str:
 
 
 def _sphinx(source: Path, html: Path) -> None:
-    command: list[Any] = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "-c", DOCS, source, html]
+    command: list[Any] = [sys.executable, "-m", "sphinx", "-W", "-q", "-N", "-b", "html", "-c", DOCS, source, html]
     command += ["-d", source.with_name("read")]  # what Sphinx remembers is of no use to readers
     built = subprocess.run(command, capture_output=True, text=True, cwd=source)
     if built.returncode:

@@ -130,6 +130,7 @@ def test_a_study_without_results_has_a_site_too(results_folder):
 
 def test_a_notebook_that_cannot_be_shown_is_named(results_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on many build machines
     book = notebook(FIRST, FIRST)
     book.cells[0].source += "\n\n[nowhere](#no-such-section)"
     for folder in (paths.NOTEBOOKS, results_folder.parent / "smoke" / "notebooks"):
