@@ -27,6 +27,8 @@ from kure_lib.paths import DATA, KureError, check_known
 
 SHIFT = 2  # pixels by which a training image of up to 32 × 32 is moved at most, in each direction
 LARGE_SHIFT = 4  # and one of 64 × 64
+PROCESSOR = torch.device("cpu")
+RESIDENT = 2**31  # bytes of images that a GPU holds throughout: Tiny ImageNet's are 1.2 GB
 CROP = 224  # pixels a side of the images of a folder
 HELD = 2**33  # bytes of decoded images that are kept: ImageNet's validation images are 7.5 GB
 
@@ -41,6 +43,7 @@ class TensorSplit:
     def __init__(self, images: Tensor, labels: Tensor, classes: int, mean: Tensor, std: Tensor, shift: int = SHIFT):
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.labels, self.classes, self.mean, self.std, self.shift = labels, classes, mean, std, shift
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,17 +69,29 @@ class TensorSplit:
     def _part(self, part: slice) -> "TensorSplit":
         return TensorSplit(self.images[part], self.labels[part], self.classes, self.mean, self.std, self.shift)
 
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, place: torch.device = PROCESSOR
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float32 images and their labels; with a generator in random order, flipped and shifted.
 
-        Only full batches are used for training, so that every batch norm sees as many images.
+        Only full batches are used for training, so that every batch norm sees as many images. On a GPU, `place`, all
+        images lie where they fit, and are augmented and normalized there, by the same random numbers.
         """
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         end = len(self) if generator is None else len(self) - len(self) % size
+        images, labels = self._on(place if self.images.numel() <= RESIDENT else PROCESSOR)
+        order, mean, std = order.to(images.device), self.mean.to(place), self.std.to(place)
         for start in range(0, max(end, min(size, len(self))), size):
             index = order[start : start + size]
-            images = self.images[index] if generator is None else augment(self.images[index], generator, self.shift)
-            yield images.float().sub_(self.mean).div_(self.std), self.labels[index]
+            batch = images[index].to(place, non_blocking=True)
+            batch = batch if generator is None else augment(batch, generator, self.shift)
+            yield batch.float().sub_(mean).div_(std), labels[index].to(place, non_blocking=True)
+
+    def _on(self, place: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and labels on a device, which keeps its copy for the epochs to come."""
+        if place not in self._copies:
+            self._copies[place] = self.images.to(place), self.labels.to(place)
+        return self._copies[place]
 
     def steps_per_epoch(self, size: int) -> int:
         return max(len(self) // size, 1)
@@ -88,13 +103,14 @@ def augment(images: Tensor, generator: torch.Generator, shift: int = SHIFT) -> T
     What moves in from outside is zero: black.
     """
     count, _, height, width = images.shape
-    dy, dx = torch.randint(-shift, shift + 1, (2, count), generator=generator)
-    flip = torch.rand(count, generator=generator) < 0.5
-    column = torch.arange(width).expand(count, width)
+    place = images.device
+    dy, dx = torch.randint(-shift, shift + 1, (2, count), generator=generator).to(place, non_blocking=True)
+    flip = (torch.rand(count, generator=generator) < 0.5).to(place, non_blocking=True)
+    column = torch.arange(width, device=place).expand(count, width)
     column = torch.where(flip[:, None], width - 1 - column, column) + dx[:, None]
-    row = torch.arange(height)[None] + dy[:, None]
+    row = torch.arange(height, device=place)[None] + dy[:, None]
     padded = torch.nn.functional.pad(images, (shift,) * 4).permute(0, 2, 3, 1)
-    image = torch.arange(count)[:, None, None]
+    image = torch.arange(count, device=place)[:, None, None]
     moved = padded[image, (row + shift)[:, :, None], (column + shift)[:, None, :]]
     return moved.permute(0, 3, 1, 2)
 
@@ -145,14 +161,18 @@ class FolderSplit:
         cut = len(self) - last
         return self.head(cut), replace(self, samples=self.samples[cut:])
 
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, place: torch.device = PROCESSOR
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float32 images and their labels; with a generator in random order, cropped and flipped.
 
-        They do not depend on the number of worker processes. Only full batches are used for training.
+        They do not depend on the number of worker processes. Only full batches are used for training. A GPU, `place`,
+        is sent bytes, and normalizes them itself.
         """
         if generator is None and len(self) * self.channels * CROP**2 <= HELD:
-            yield from self._decoded.batches(size)
+            yield from self._decoded.batches(size, place=place)
             return
+        mean, std = self.mean.to(place), self.std.to(place)
         order, seeds = list(range(len(self))), [None] * len(self)
         if generator is not None:
             order = torch.randperm(len(self), generator=generator).tolist()
@@ -160,11 +180,11 @@ class FolderSplit:
         loader = torch.utils.data.DataLoader(
             _Pictures(self.samples), size, sampler=list(zip(order, seeds, strict=True)),
             drop_last=generator is not None and len(self) >= size,
-            num_workers=_readers(), generator=torch.Generator(),
+            num_workers=_readers(), generator=torch.Generator(), pin_memory=place.type == "cuda",
         )  # fmt: skip
         for images, labels in loader:
-            images = images.to(torch.float32, memory_format=torch.channels_last)
-            yield images.sub_(self.mean).div_(self.std), labels
+            images = images.to(place, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+            yield images.sub_(mean).div_(std), labels.to(place, non_blocking=True)
 
     @cached_property
     def _decoded(self) -> TensorSplit:

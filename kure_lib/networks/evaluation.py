@@ -28,14 +28,14 @@ def evaluate(model: nn.Module, split: data.Split) -> Evaluation:
     """Accuracy and loss of `model`, put into evaluation mode, over all images of the split."""
     model.eval()
     place = next(model.parameters()).device
-    correct, loss = 0, 0.0
-    for images, labels in split.batches(BATCH):
+    correct = loss = torch.zeros((), dtype=torch.float64, device=place)
+    for images, labels in split.batches(BATCH, place=place):
         with autocast():
-            scores = model(images.to(place))
-        scores, labels = scores.float(), labels.to(place)
-        correct += (scores.argmax(1) == labels).sum().item()
-        loss += nn.functional.cross_entropy(scores, labels, reduction="sum").item()
-    return Evaluation(100 * correct / len(split), loss / len(split), precision())
+            scores = model(images)
+        scores = scores.float()
+        correct = correct + (scores.argmax(1) == labels).sum()
+        loss = loss + nn.functional.cross_entropy(scores, labels, reduction="sum")
+    return Evaluation(100 * correct.item() / len(split), loss.item() / len(split), precision())
 
 
 def accuracy(model: nn.Module, split: data.Split) -> float:

@@ -60,7 +60,8 @@ class Integers:
             return self
         if rounding == "step":
             scope = PER_CHANNEL if self.step.dim() else PER_TENSOR
-            return integers(self.values, bits, best_step(self.values, bits, SIGNED_INT, scope=scope))
+            step = best_step(self.values, bits, SIGNED_INT, scope=scope).to(self.step.device)
+            return integers(self.values, bits, step)
         merged = 2 ** (self.bits - bits)  # codes that become one
         if rounding == "even":
             codes = (self.codes / merged).round()

@@ -46,7 +46,8 @@ def loss_aware_steps(
         weights = view.weight_steps(layers, plain.model_copy(update={"step_rule": f"lp:{p}"}))
         return weights | calibration.activation_steps(observed, plain.activation_bits, f"lp:{p}")
 
-    steps, placed = start(NORMS[0]), dict[str, float]()
+    placed = dict[str, float]()
+    steps = {name: step.to(images.device) for name, step in start(NORMS[0]).items()}  # the view reads these themselves
     with (
         view.quantized(model, plain, images, steps=steps),
         _remembering(model, steps),

@@ -90,20 +90,30 @@ def _imagenet(model: str, batch_size: int, epochs: int, **sweeps: Any) -> Recipe
     )
 
 
-def _tiny_imagenet(model: str) -> Recipe:
+def _tiny_imagenet(model: str, **sweeps: Any) -> Recipe:
     """One of torchvision's networks, unchanged, trained from scratch on images of 64 × 64."""
-    shared = {"data": "tiny_imagenet", "weight_decay": 2e-4}
+    shared = {"data": "tiny_imagenet", "weight_decay": 2e-4, "kept": "float16"}
     return Recipe(
         model,
         pretraining={**shared, "epochs": 24, "learning_rate": 0.2},
         fine_tuning={**shared, "epochs": 5, "learning_rate": 0.04},
         seeds=3,
+        **sweeps,
     )
 
 
 #: They belong to `study`, but notebooks are executed from its records, and these need a GPU and are not made yet: until
 #: then they have a profile of their own. Once they are, move the records to `study` and add `*LARGE` to its recipes.
-LARGE = (_tiny_imagenet("resnet18"), _tiny_imagenet("mobilenet_v2"))
+LARGE = (
+    _tiny_imagenet(
+        "resnet18",
+        targets=(1.4, 3.0, 4.0, 6.0),
+        quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3)),
+        lengths=(6, 12, 48),
+        length_seeds=1,
+    ),
+    _tiny_imagenet("mobilenet_v2"),
+)
 
 CONTENDERS = (
     Contender("l2", decay=25),

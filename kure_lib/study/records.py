@@ -84,7 +84,7 @@ class Record(Frozen):
 
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The trained parameters and buffers; `KureError` if their file is missing or damaged."""
+        """The trained parameters and buffers in float32; `KureError` if their file is missing or damaged."""
         path = weights_path(self.config)
         if not path.is_file():
             raise KureError(f"The weights {path} are missing: restore them, or delete the record of the same "
@@ -97,7 +97,8 @@ class Record(Frozen):
             raise KureError(f"The weights {path} are damaged (their SHA-256 is not the record's): restore them, "
                             "or delete the record of the same name to train the run again.")  # fmt: skip
         try:
-            return safetensors.torch.load(content)
+            kept = safetensors.torch.load(content)
+            return {name: v.float() if v.dtype == torch.float16 else v for name, v in kept.items()}
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise KureError(f"The weights {path} are no safetensors file ({in_words(error)}): delete them and the "
                             "record of the same name to train the run again.") from None  # fmt: skip

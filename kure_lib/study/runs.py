@@ -71,7 +71,10 @@ def _trained(
     config: RunConfig, start: dict[str, Tensor] | None, checkpoint: Path, on_epoch: Callable
 ) -> tuple[Record, bytes]:
     model, trained = loop.fit(config, start, checkpoint, on_epoch)
-    content = safetensors.torch.save({name: v.contiguous() for name, v in model.state_dict().items()})
+    state = {name: v.contiguous() for name, v in model.state_dict().items()}
+    if config.kept == "float16":  # as `fit` has rounded them already
+        state = {name: v.half() if v.dim() > 1 else v for name, v in state.items()}
+    content = safetensors.torch.save(state)
     record = Record(
         key=config.key, config=config, **trained.model_dump(), layers=_summaries(model),
         weights_sha256=hashlib.sha256(content).hexdigest(),

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from torch import Tensor, nn
 
-from kure_lib.networks import activations
+from kure_lib.networks import activations, device
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration, integers, lapq, view
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
@@ -53,7 +53,7 @@ def _as_trained(record: Record, spec: QuantizationSpec) -> AbstractContextManage
         )
     model = record.network()
     sites = activations.quantized_sites(model, calibration.images(record.config.data, 1)[0])
-    steps = qat.Steps.of(record.steps)
+    steps = qat.Steps.of(record.steps, device.device())
     return qat.quantized(model, trained, steps, sites, spec.bits, spec.step_ratio)
 
 

@@ -7,12 +7,13 @@ Both directions are closed, so two sweeps over the weights are enough: one gathe
 
 at about the speed of copying them. Moments are taken block by block about the block's own mean and
 moved to the common mean afterwards, so a mean far from zero costs no digits. numba compiles these sweeps
-for the processor; on a GPU, in a compiled step, in half precision and without numba autograd
-differentiates the formula.
+for the processor; a GPU takes all tensors at once, as the rows of one matrix, in some forty kernels whatever their
+number; in a compiled step, in half precision and without numba autograd differentiates the formula.
 """
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ except ImportError:  # numba makes it faster, and is not required
     compiled = None
 
 BLOCK = 16_384  # weights in a block: 64 KiB, small enough to be read twice from the cache
+ROW = 1024  # weights in a row of the matrix that a GPU computes with
+SUMS = 2**26  # numbers, at most, in the matrix that sums its rows by tensor
 
 
 def kurtosis(x: Tensor, unbiased: bool = False, per_channel: bool = False) -> Tensor:
@@ -61,13 +64,17 @@ def kurtoses(tensors: Sequence[Tensor], channels: int = 1) -> Tensor:
     """
     tensors = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in tensors]  # of FSDP, each rank holds a part
     kinds = {(x.device.type, x.dtype) for x in tensors}
-    served = kinds == {("cpu", torch.float32)} or kinds == {("cpu", torch.float64)}
+    served = [kind for kind in ("cpu", "cuda") if kinds in ({(kind, torch.float32)}, {(kind, torch.float64)})]
     # FSDP frees the storage of a whole weight, which a view in numpy would forbid.
     elsewhere = torch.compiler.is_compiling() or (
         torch.distributed.is_available() and torch.distributed.is_initialized()
     )
-    if compiled and served and not elsewhere:
-        return _Kurtosis.apply(channels, *(x if _is_dense(x) else x.contiguous() for x in tensors))
+    dense = (x if _is_dense(x) else x.contiguous() for x in tensors)
+    if compiled and served == ["cpu"] and not elsewhere:
+        return _Kurtosis.apply(channels, *dense)
+    few = len(tensors) * sum(x.numel() for x in tensors) <= ROW * SUMS
+    if served == ["cuda"] and channels == 1 and few and not elsewhere:
+        return _OfRows.apply(*dense)
     return torch.cat([_by_formula(x.reshape(channels, -1)) for x in tensors])
 
 
@@ -108,6 +115,66 @@ class _Kurtosis(torch.autograd.Function):
         return None, *gradients
 
 
+class _OfRows(torch.autograd.Function):
+    """The kurtosis of each of L dense tensors of one device, [L], in a number of kernels that does not grow with L.
+
+    All weights lie in one matrix [R, ROW], filled up with zeros where a tensor ends; sums over the rows of a tensor are
+    a product with a matrix of zeros and ones in float64, so that they repeat bit for bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        sizes, dtype = tuple(x.numel() for x in tensors), tensors[0].dtype
+        owner, sums, inside, counts = _layout(sizes, tensors[0].device)
+        padding = tensors[0].new_zeros(ROW)
+        parts = [part for x in tensors for part in (_flat(x), padding[: -x.numel() % ROW])]
+        rows = torch.cat(parts).view(-1, ROW)
+        mean = (sums @ rows.sum(1).double()) / counts
+        centered = (rows - mean.to(dtype)[owner, None]) * inside
+        squares = centered * centered
+        powers = [centered.sum(1), squares.sum(1), (squares * centered).sum(1), (squares * squares).sum(1)]
+        rest, m2, m3, m4 = ((sums @ torch.stack(powers, 1).double()) / counts[:, None]).unbind(1)
+        m4 = m4 - 4 * rest * m3 + 6 * rest**2 * m2 - 3 * rest**4  # about the mean, which float32 has rounded
+        m3 = m3 - 3 * rest * m2 + 2 * rest**3
+        m2 = m2 - rest**2
+        value = torch.where(_varies(mean, m2, dtype), m4 / m2**2, math.nan)
+        ctx.save_for_backward(centered, rest, m2, m3, value)
+        ctx.like = [(x.shape, x.stride()) for x in tensors]
+        return value.to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_value: Tensor) -> tuple:
+        centered, rest, m2, m3, value = ctx.saved_tensors
+        sizes = tuple(shape.numel() for shape, _ in ctx.like)
+        owner, _, _, counts = _layout(sizes, centered.device)
+        scale = 4 / counts * grad_value.double() / m2**2
+        rest, m3, slope, scale = torch.stack([rest, m3, value * m2, scale]).to(centered.dtype)[:, owner, None]
+        centered = centered - rest
+        gradient = ((centered * centered * centered - m3 - slope * centered) * scale).view(-1)
+        found, begin = [], 0
+        for shape, strides in ctx.like:
+            found.append(gradient.as_strided(shape, strides, begin))
+            begin += shape.numel() + -shape.numel() % ROW
+        return tuple(found)
+
+
+@lru_cache(maxsize=8)
+def _layout(sizes: tuple[int, ...], place: torch.device) -> tuple[Tensor, ...]:
+    """Of tensors laid out in rows: the owner of each row [R], its rows as ones [L, R], where weights lie, sizes [L]."""
+    lengths = [math.ceil(size / ROW) for size in sizes]
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(lengths))
+    sums = (owner == torch.arange(len(sizes))[:, None]).double()
+    filled = torch.cat([torch.arange(length * ROW) < size for length, size in zip(lengths, sizes, strict=True)])
+    parts = (owner, sums, filled.view(-1, ROW), torch.tensor(sizes, dtype=torch.float64))
+    return tuple(part.to(place) for part in parts)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The values of a dense tensor as they lie in memory: a view."""
+    return x.detach().as_strided((x.numel(),), (1,), x.storage_offset())
+
+
 def _moments(x: Tensor, channels: int) -> np.ndarray:
     """Mean, m₂, m₃, m₄ of each of the equal parts of a dense tensor: [channels, 4].
 
@@ -130,5 +197,4 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _in_memory_order(x: Tensor) -> np.ndarray:
-    """The values of a dense tensor as they lie in memory: a flat view, no copy."""
-    return x.detach().as_strided((x.numel(),), (1,)).numpy()
+    return _flat(x).numpy()

@@ -131,6 +131,7 @@ class RunConfig(Config):
     regularizer: KureConfig | None = None
     quantization: QatConfig | None = None
     rival: RivalConfig | None = None
+    kept: Literal["float32", "float16"] = "float32"  # in which the trained weights are kept; vectors always in float32
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

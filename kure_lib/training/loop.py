@@ -67,7 +67,7 @@ def fit(
         on_epoch: Called with the number of finished epochs and the values of the last.
 
     Returns:
-        The network in evaluation mode, and its curves.
+        The network in evaluation mode, its weights as `config.kept` says, and its curves.
 
     Raises:
         KureError: The loss or a learned step diverged, or the checkpoint cannot be written or was by other code.
@@ -78,8 +78,8 @@ def fit(
     if start is not None:
         models.load_weights(model, start, f"that {config.label} starts from")
     model.to(device.device())
-    images, _ = next(train.head(config.batch_size).batches(config.batch_size))
-    method = methods.build(model, config, images.to(device.device()))
+    images, _ = next(train.head(config.batch_size).batches(config.batch_size, place=device.device()))
+    method = methods.build(model, config, images)
     optimizer = _optimizer(config, model, method)
     schedule = _schedule(config, optimizer, train.steps_per_epoch(config.batch_size))
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, **method.state()}
@@ -106,6 +106,9 @@ def fit(
             _save(checkpoint, config, epoch + 1, state, history)
             on_epoch(epoch + 1, values)
     history.steps.update(method.steps.as_numbers())
+    if config.kept == "float16":
+        for parameter in (p for p in kept.parameters() if p.dim() > 1):
+            parameter.data = parameter.data.half().float()
     return kept.eval(), history
 
 
@@ -146,8 +149,8 @@ def train_epoch(
     """
     place = device.device()
     model.train()
-    total_loss = total_penalty = torch.zeros((), device=place)
-    correct, seen = 0.0, 0
+    total_loss = total_penalty = correct = torch.zeros((), device=place)
+    seen = 0
 
     def backward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Leave the gradients of a step where the weights are; the scores and the two terms of the loss."""
@@ -161,7 +164,6 @@ def train_epoch(
         return scores.detach(), error.detach(), penalty.detach()
 
     for x, y in batches:
-        x, y = x.to(place), y.to(place)
         scores, error, penalty = backward(x, y)
         if elsewhere := method.elsewhere():
             with elsewhere:
@@ -172,12 +174,12 @@ def train_epoch(
             method.average.update_parameters(model)
         total_loss = total_loss + error * len(y)
         total_penalty = total_penalty + penalty * len(y)
-        correct += (scores.argmax(1) == y).sum().item()
+        correct = correct + (scores.argmax(1) == y).sum()
         seen += len(y)
     return {
         "train_loss": total_loss.item() / seen,
         "penalty": total_penalty.item() / seen,
-        "train_top1": 100 * correct / seen,
+        "train_top1": 100 * correct.item() / seen,
     }
 
 
@@ -185,7 +187,7 @@ def _batches(config: RunConfig, train: data.Split, epoch: int) -> Iterator[tuple
     """The training images of an epoch; its seed depends on the run and the epoch alone, so that runs can be resumed."""
     seed = 1_000_003 * config.seed + epoch
     torch.manual_seed(seed)
-    return train.batches(config.batch_size, torch.Generator().manual_seed(seed))
+    return train.batches(config.batch_size, torch.Generator().manual_seed(seed), device.device())
 
 
 def _optimizer(config: RunConfig, model: nn.Module, method: TrainingMethod) -> Optimizer:

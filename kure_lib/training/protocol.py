@@ -20,8 +20,8 @@ class Steps(dict[str, nn.Parameter]):
             step.data.copy_(saved[name])
 
     @classmethod
-    def of(cls, numbers: Mapping[str, float]) -> "Steps":
-        return cls({name: nn.Parameter(torch.tensor(step)) for name, step in numbers.items()})
+    def of(cls, numbers: Mapping[str, float], place: torch.device | None = None) -> "Steps":
+        return cls({name: nn.Parameter(torch.tensor(step, device=place)) for name, step in numbers.items()})
 
     def as_numbers(self) -> dict[str, float]:
         return {name: step.item() for name, step in self.items()}

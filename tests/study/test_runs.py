@@ -460,6 +460,26 @@ def test_a_large_network_is_trained_resumed_and_evaluated_on_pictures(pictures, 
     assert runs.evaluate(record, QuantizationSpec(weight_bits=4, activation_bits=4, calibration=6)).loss > 0
 
 
+def test_weights_kept_in_half_precision_are_those_that_are_evaluated_and_started_from(pictures):
+    config = RunConfig(**LARGE, epochs=1, kept="float16")
+    assert config.key != RunConfig(**LARGE, epochs=1).key
+    runs.get(config)
+    record = runs.find(config)
+    file = records.weights_path(config)
+    full = RunConfig(**LARGE, epochs=1)
+    runs.get(full)
+    assert file.stat().st_size < 0.51 * records.weights_path(full).stat().st_size
+    wanted = {name: w.half().float() if w.dim() > 1 else w for name, w in runs.find(full).weights.items()}
+    assert same_weights(record.weights, wanted), "matrices rounded to nearest, vectors as they were"
+    network, _ = training.fit(config)
+    assert same_weights(network.state_dict(), wanted)
+    assert runs.evaluate(record).loss == evaluation.evaluate(network, training.splits(config)[1]).loss
+    layer = record.layers[0]
+    assert layer.kurtosis == pytest.approx(scipy_kurtosis(wanted[f"{layer.name}.weight"].flatten(), fisher=False))
+    further = runs.get(RunConfig(**LARGE, epochs=0, start=config))
+    assert same_weights(further.weights, wanted)
+
+
 def test_a_record_is_not_used_on_other_data(pictures, monkeypatch):
     config = RunConfig(**LARGE, epochs=0)
     record = runs.get(config)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kurtosis as scipy_kurtosis
 from scipy.stats import skew
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kure_lib.paths import KureError
-from kure_lib.tensors.kurtosis import kurtoses, kurtosis
+from kure_lib.tensors.kurtosis import _OfRows, kurtoses, kurtosis
 
 
 def sample(size, dtype=torch.float64, seed=0, mean=0.0):
@@ -224,6 +225,47 @@ def test_a_value_too_small_or_large_for_its_fourth_power_is_right_or_an_error(ex
         assert not -8 <= exponent <= 8, "weights of ordinary size have a kurtosis"
     else:
         assert value == pytest.approx(expected(x), rel=1e-4)
+
+
+def networks_weights(layers, dtype):
+    """Weights of several layers: of sizes that fill rows and that do not, channels-last, and far from zero."""
+    shapes = [(64, 3, 7, 7), (5,), (8, 16, 8, 1), (96, 1, 3, 3), (32, 64)] * layers
+    weights = [sample(shape, dtype, seed=i) * 2.0 ** (i % 7 - 3) + (i % 3) for i, shape in enumerate(shapes)]
+    return [w.to(memory_format=torch.channels_last) if w.dim() == 4 else w for w in weights]
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_the_rows_of_a_gpu_give_the_kurtosis_and_the_gradient_of_the_definition(dtype, rtol):
+    weights = [w.requires_grad_() for w in networks_weights(2, dtype)]
+    factors = torch.linspace(0.5, 2, len(weights), dtype=torch.float64)
+    values = _OfRows.apply(*weights)
+    assert values.tolist() == pytest.approx([expected(w.flatten()) for w in weights], rel=rtol)
+    (values.double() * factors).sum().backward()
+    for weight, factor in zip(weights, factors, strict=True):
+        exact = weight.detach().double().requires_grad_()
+        (factor * plain(exact)).backward()
+        assert weight.grad.stride() == weight.stride()
+        assert (weight.grad - exact.grad).norm() < 10 * rtol * exact.grad.norm()
+    assert _OfRows.apply(torch.ones(2000), sample(2000, torch.float32)).isnan().tolist() == [True, False]
+
+
+def test_the_number_of_kernels_on_a_gpu_does_not_grow_with_the_number_of_layers():
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            view = any(name in str(function) for name in ("view", "strided", "detach", "slice", "unbind", "unsqueeze"))
+            self.count += not view
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (1, 10):
+        weights = [w.requires_grad_() for w in networks_weights(layers, torch.float32)]
+        _OfRows.apply(*weights)  # where the rows lie is found once
+        with Counting() as counting:
+            torch.autograd.grad(_OfRows.apply(*weights).sum(), weights)
+        counts.append(counting.count)
+    assert counts[0] == counts[1] < 100
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -57,7 +57,7 @@ CHANGES = {
     "epochs": 5, "learning_rate": 0.05, "weight_decay": 0.0, "batch_size": 128, "momentum": 0.8, "decay_every": 2,
     "decay_factor": 0.2, "regularizer": None,
     "quantization": QatConfig(quantizer="lsq", weight_bits=4, activation_bits=4),
-    "rival": RivalConfig(name="sam", strength=0.1), "held_out": 100,
+    "rival": RivalConfig(name="sam", strength=0.1), "held_out": 100, "kept": "float16",
 }  # fmt: skip
 
 
