@@ -228,7 +228,9 @@ def _pipeline(row: Mapping[Any, Any]) -> str:
     """Everything that the other menus do not say, in words."""
     rule = STEP_RULES.get(row["step_rule"]) or row["step_rule"].replace("aciq", "ACIQ").replace("lp:", "Lp error, p = ")
     made = [f"from an 8-bit copy ({row['rounding']})"] if row["rounding"] and pd.notna(row["rounding"]) else []
-    return ", ".join([rule, *(words for name, words in STEPS_OF.items() if row[name]), *made])
+    which = {"means": " (means alone)", "variances": " (variances alone)"}
+    done = [words + which.get(row[name], "") for name, words in STEPS_OF.items() if row[name]]
+    return ", ".join([rule, *done, *made])
 
 
 def _order(value: Any) -> tuple:

@@ -1,10 +1,12 @@
 """Calibration on a few training images: steps of activations, and statistics of batch norms."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from kure_lib.networks import activations, device
 from kure_lib.paths import KureError
@@ -13,6 +15,7 @@ from kure_lib.tensors.grids import UNSIGNED
 from kure_lib.tensors.samples import EmpiricalDistribution
 from kure_lib.tensors.steps import best_step
 
+RENEWED = {"means": "running_mean", "variances": "running_var"}  # by the name of what alone is taken anew
 KEPT = 2**18  # values of a site that are looked at, evenly spread over images, channels and positions
 
 
@@ -64,26 +67,49 @@ def activation_steps(observed: Mapping[str, EmpiricalDistribution], bits: int, r
 
 
 @contextmanager
-def reestimated_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
+def reestimated_batch_norm(
+    model: nn.Module, batches: Iterable[Tensor], which: bool | Literal["means", "variances"] = True
+) -> Iterator[nn.Module]:
     """The model with the statistics of its batch norms taken anew from batches of images; restored afterwards.
 
-    Quantization shifts the mean and variance that the following batch norm was trained on.
+    Quantization shifts the mean and variance that the following batch norm was trained on. With `which` "means" or
+    "variances" the others stay as they were trained, also while images pass: a layer sees what it will see.
     """
+    alone = RENEWED[which] if isinstance(which, str) else None
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     kept = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
     try:
-        for norm in norms:
+        for norm, (_, old) in zip(norms, kept, strict=True):
             norm.reset_running_stats()
             norm.momentum = None  # the mean over all batches
             norm.train()
+            if alone:
+                norm.forward = _renewing(norm, alone, old)
         with torch.no_grad(), device.autocast():
             for batch in batches:
                 model(batch)
+        for norm, (_, old) in zip(norms, kept, strict=True) if alone else ():
+            del norm.forward  # the class's own is found again
+            for name in {*RENEWED.values()} - {alone}:
+                norm.get_buffer(name).copy_(old[name])
         model.eval()
         yield model
     finally:
         for norm, (momentum, buffers) in zip(norms, kept, strict=True):
+            norm.__dict__.pop("forward", None)
             norm.momentum = momentum
             for name, value in norm.named_buffers():
                 value.copy_(buffers[name])
         model.eval()
+
+
+def _renewing(norm: nn.BatchNorm2d, alone: str, old: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a batch norm that takes both statistics anew, and computes with one new and one old."""
+
+    def forward(x: Tensor) -> Tensor:
+        type(norm).forward(norm, x)
+        new = {"running_mean": x.float().mean((0, 2, 3)), "running_var": x.float().var((0, 2, 3))}
+        used = {**old, alone: new[alone]}
+        return batch_norm(x, used["running_mean"], used["running_var"], norm.weight, norm.bias, eps=norm.eps)
+
+    return forward

@@ -1,7 +1,7 @@
 """How a network is quantized, as one frozen value that travels whole."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -47,7 +47,8 @@ class QuantizationSpec(BaseModel):
         power_of_two: Whether every step is then rounded to a power of two (paper, Supp. Table 5).
         bias_correction: Whether each output channel keeps its mean and variance (Banner et al. 2019).
         fold_batch_norm: Whether batch norms are folded into the convolutions before anything is quantized.
-        reestimate_batch_norm: Whether batch-norm statistics are taken anew from the quantized network.
+        reestimate_batch_norm: Whether batch-norm statistics are taken anew from the quantized network; "means" or
+            "variances" alone, where the others stay.
         calibration: Number of training images from which activations, statistics and LAPQ's steps are learned.
         rounding: How weights lose bits when they are made from an 8-bit copy instead of the network's own.
 
@@ -67,7 +68,7 @@ class QuantizationSpec(BaseModel):
     power_of_two: bool = False
     bias_correction: bool = False
     fold_batch_norm: bool = False
-    reestimate_batch_norm: bool = False
+    reestimate_batch_norm: bool | Literal["means", "variances"] = False
     calibration: int | None = Field(None, ge=1)
     rounding: str | None = None
 

@@ -184,7 +184,8 @@ def quantized(
             quantizer = _quantizer(site_steps, spec.activation_bits, {first, last})
             stack.enter_context(activations.replaced(model, quantizer))
         if spec.reestimate_batch_norm:
-            stack.enter_context(calibration.reestimated_batch_norm(model, images.split(BATCH)))
+            batches, which = images.split(BATCH), spec.reestimate_batch_norm
+            stack.enter_context(calibration.reestimated_batch_norm(model, batches, which))
         yield model
 
 

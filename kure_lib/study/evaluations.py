@@ -35,7 +35,7 @@ COLUMNS = {
     "power_of_two": "Whether every step was rounded to a power of two.",
     "bias_correction": "Whether each output channel kept its mean and variance.",
     "fold_batch_norm": "Whether batch norms were folded into the convolutions first.",
-    "reestimate_batch_norm": "Whether batch-norm statistics were taken anew from the quantized network.",
+    "reestimate_batch_norm": "Whether batch-norm statistics were taken anew from the quantized network, or which.",
     "calibration": "Number of training images that steps or statistics were learned from.",
     "rounding": "How weights lost bits when they were made from an 8-bit copy.",
     "top1": "Top-1 accuracy, percent.",

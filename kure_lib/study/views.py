@@ -66,7 +66,7 @@ def _from_master(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module]:
         stack.enter_context(integers.served(network, stored))
         if spec.reestimate_batch_norm:
             batches = _images(record, spec).split(view.BATCH)
-            stack.enter_context(calibration.reestimated_batch_norm(network, batches))
+            stack.enter_context(calibration.reestimated_batch_norm(network, batches, spec.reestimate_batch_norm))
         yield network
 
 

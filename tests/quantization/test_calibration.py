@@ -303,3 +303,44 @@ def test_weights_that_cannot_be_quantized_name_their_layer(network, images):
     nn.init.constant_(layer.weight, float("nan"))
     with pytest.raises(KureError, match=f"Layer '{name}' cannot be quantized.*NaN"):
         lapq.loss_aware_steps(network, *images, lapq_spec(4, None))
+
+
+@pytest.mark.parametrize("which", ["means", "variances"])
+def test_one_statistic_is_taken_anew_and_the_other_stays_as_it_was_trained(network, images, which):
+    """Layer by layer as the definition says: every norm sees what the norms before it, half renewed, make of images."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    seen = {}
+    with quantized(network, weight_bits=2, images=images[0], reestimate_batch_norm=which), torch.no_grad():
+        hooks = [norm.register_forward_pre_hook(lambda norm, x: seen.update({norm: x[0]})) for norm in norms]
+        network(images[0])
+        for norm, (mean, variance) in zip(norms, old, strict=True):
+            new_mean, new_variance = seen[norm].mean((0, 2, 3)), seen[norm].var((0, 2, 3))
+            wanted = (new_mean, variance) if which == "means" else (mean, new_variance)
+            torch.testing.assert_close(norm.running_mean, wanted[0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(norm.running_var, wanted[1], rtol=1e-3, atol=1e-4)
+            assert "forward" not in vars(norm)
+        for hook in hooks:
+            hook.remove()
+    for norm, (mean, variance) in zip(norms, old, strict=True):
+        assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, variance)
+
+
+def test_a_norm_computes_as_before_when_renewing_fails(network):
+    class Stop(Exception):
+        pass
+
+    def batches():
+        raise Stop
+        yield
+
+    norm = next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    with pytest.raises(Stop), calibration.reestimated_batch_norm(network, batches(), "means"):
+        pass
+    assert "forward" not in vars(norm) and torch.equal(norm.running_mean, before) and not norm.training
+
+
+def test_an_unknown_statistic_is_refused():
+    with pytest.raises(KureError, match="reestimate_batch_norm"):
+        QuantizationSpec(weight_bits=2, reestimate_batch_norm="medians")
