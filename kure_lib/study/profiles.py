@@ -172,7 +172,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
 ONLY_TRAINED = ("large",)  # profiles without notebooks
 
 #: Parameters of notebooks, other than the profile, that a profile changes.
-PARAMETERS = {
+PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "00": {"weight_bits": [3], "calibration_size": 32},
         "02": {"image_count": 50},
@@ -183,6 +183,7 @@ PARAMETERS = {
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32},
         "13": {"settings": "3/FP", "calibration": 32},
         "14": {"seeds": [1], "bits": [4, 2], "images": 500},
+        "16": {"images": 32, "shown": 200},
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64},
@@ -192,6 +193,7 @@ PARAMETERS = {
         "13": {"settings": "3/FP 4/4", "calibration": 64},
         "14": {"seeds": [1], "bits": [4, 2], "images": 2000},
     },
+    "imagenet": {"12": {"seeds": [1, 1, 1]}, "14": {"seeds": [1, 1, 1]}, "16": {"images": 8}},
 }
 
 #: Parts of the plan that a notebook reads; a notebook that is not named here trains nothing.
@@ -209,4 +211,5 @@ NEEDS = {
     "12": {"main"},
     "13": {"main", "qat"},
     "14": {"main"},
+    "16": {"main"},
 }
