@@ -2,15 +2,18 @@
 
 import math
 import os
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from shutil import get_terminal_size
 from statistics import median
 from textwrap import fill
+from threading import Lock
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -29,6 +32,7 @@ from kure_lib.study.records import Record
 from kure_lib.training.configs import RunConfig
 
 COMMITTED = paths.ROOT / "results" / "study" / "records"  # tell how long an epoch takes
+MINUTE = 60.0  # seconds between two lines of progress where there is no terminal
 WIDTH = 100  # columns of a terminal, at most
 TRAINING_IMAGES = {name: source.training_images for name, source in SOURCES.items()}
 
@@ -238,6 +242,35 @@ def train(planned: Plan, jobs: int | None = None, cluster: str | None = None) ->
         engine.run(tasks, where, report, finish)
 
 
+class _Lines:
+    """What every notebook is at: a line for each below the bar on a terminal, else one for all in a minute at most."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, str] = {}
+        self.printed = time.monotonic()
+        self.lock = Lock()  # each notebook is waited for in a thread of its own
+
+    @contextmanager
+    def show(self, stem: str, row: int) -> Iterator[Callable[[str], None]]:
+        """Within the block a notebook has the line `row` of a terminal; yields what is called with what it is at."""
+        with tqdm(desc=stem, bar_format="{desc}", position=row, leave=False, disable=None) as line:
+
+            def report(said: str) -> None:
+                with self.lock:
+                    self.said[stem] = f"{stem}: {said}"
+                    if not line.disable:
+                        line.set_description_str(self.said[stem][: get_terminal_size().columns - 1])
+                    elif time.monotonic() - self.printed >= MINUTE:
+                        self.printed = time.monotonic()
+                        print("; ".join(self.said.values()), flush=True)
+
+            try:
+                yield report
+            finally:
+                with self.lock:
+                    self.said.pop(stem, None)
+
+
 def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     """Execute notebooks, several at once; 00 shows the verdicts of all others, so it comes last and alone.
 
@@ -245,23 +278,26 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     """
     others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
     threads = max(1, device.cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
-    free: Queue[dict[str, str]] = Queue()
-    for place in _places(jobs):
-        free.put({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **place})
+    free: Queue[tuple[int, dict[str, str]]] = Queue()
+    for row, place in enumerate(_places(jobs), start=1):
+        free.put((row, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **place}))
     changed: dict[str, Any] = PARAMETERS.get(profile, {})
     failed: dict[str, str] = {}
+    lines = _Lines()
     with tqdm(total=len(others) + len(last), desc="notebooks", unit="notebook", disable=None) as bar:
 
         def execute(stem: str) -> None:
             if bar.disable:
                 print(f"executing {stem}", flush=True)
-            place = free.get()
+            row, place = free.get()
             try:
-                notebooks.execute(stem, profile, parameters=changed.get(stem[:2]), environment=place)
+                with lines.show(stem, row) as report:
+                    changes = changed.get(stem[:2])
+                    notebooks.execute(stem, profile, parameters=changes, environment=place, report=report)
             except KureError as error:
                 failed[stem] = str(error)
             finally:
-                free.put(place)
+                free.put((row, place))
             bar.update()
 
         pool = ThreadPoolExecutor(jobs)

@@ -1,5 +1,6 @@
 """What is trained and for how long, training in several processes, and a second study on the same results."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -180,7 +181,7 @@ def test_notebooks_take_turns_with_the_gpus_and_share_the_cores(monkeypatch, sai
     monkeypatch.setattr(device, "cores", lambda: 6)
     together, at_work, seen = threading.Barrier(2, timeout=60), Counter(), []
 
-    def execute(stem, profile, parameters, environment):
+    def execute(stem, profile, parameters, environment, report):
         gpu = environment["CUDA_VISIBLE_DEVICES"]
         at_work[gpu] += 1
         if stem[:2] != "00":
@@ -193,6 +194,48 @@ def test_notebooks_take_turns_with_the_gpus_and_share_the_cores(monkeypatch, sai
     assert driver._execute_all(["00_start", "01_a", "02_b", "03_c", "04_d"], "smoke", jobs=2) == []
     assert len(seen) == 5 and {gpu for gpu, *_ in seen} == {"4", "GPU-8a"}
     assert {(count, used) for _, count, used in seen} == {(1, threads)}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The driver's clock, which stands still unless a test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_has_one_line_of_progress_a_minute_at_most(clock, capsys):
+    lines = driver._Lines()
+    with lines.show("07_ptq", 1) as seven:
+        with lines.show("08_qat", 2) as eight:
+            for second in range(150):
+                clock[0] = 1000.0 + second
+                seven(f"cell {second} of 150")
+                eight("cell 1 of 9")
+        clock[0] += 60
+        seven("cell 149 of 150, evaluations 3 of 4")
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "07_ptq: cell 60 of 150; 08_qat: cell 1 of 9", "07_ptq: cell 120 of 150; 08_qat: cell 1 of 9",
+        "07_ptq: cell 149 of 150, evaluations 3 of 4",
+    ]  # fmt: skip
+    assert said.err == ""
+
+
+def test_on_a_terminal_every_notebook_has_a_line_that_goes_with_it(monkeypatch, capsys):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(KureError), driver._Lines().show("07_ptq", 1) as report:
+        report("cell 3 of 9, evaluations 34 of 126, LAPQ 120 of 406")
+        report("cell 3 of 9, evaluations 35 of 126")
+        raise KureError("The kernel died.")
+    written = re.split(r"[\r\n]|\x1b\[A", screen.getvalue())
+    assert [line.rstrip() for line in written if line.strip()] == [
+        "07_ptq", "07_ptq: cell 3 of 9, evaluations 34 of", "07_ptq: cell 3 of 9, evaluations 35 of",
+    ]  # fmt: skip
+    assert written[-1].strip() == "" and capsys.readouterr().out == ""
 
 
 # Training in several processes
