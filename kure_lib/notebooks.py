@@ -180,7 +180,7 @@ def _papermill(
                     exit_code = process.wait(min(left, LOOK))
                 except subprocess.TimeoutExpired:
                     line.seek(0)
-                    report(", ".join(filter(None, [_cell(partial), line.read()])))
+                    report(", ".join(filter(None, [_cell(partial), line.read()])) or "begins")
         log.seek(0)
         return _trouble(partial, exit_code, log.read().decode(errors="replace"))
 

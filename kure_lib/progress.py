@@ -8,11 +8,14 @@ looks, as in a log and under papermill or nbval, nothing is said.
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tqdm import tqdm
+
+from kure_lib.paths import say
 
 FILE = "KURE_PROGRESS"
 SECONDS = 1.0  # between two lines of a bar
@@ -27,8 +30,18 @@ def bar(total: int, what: str, unit: str, few: int = 0) -> tqdm:
     hidden = True if total <= few else None  # None: unless it is a terminal
     if hidden or not (os.environ.get(FILE) or _asked_by_a_person()):
         return tqdm(total=total, desc=what, unit=unit, disable=hidden, leave=False)
-    form = "{desc} {n_fmt} of {total_fmt}"
-    return _Line(total=total, desc=what, bar_format=form, mininterval=SECONDS, file=io.StringIO(), leave=False)
+    return _Line(total=total, desc=what, bar_format="{desc} {n_fmt} of {total_fmt}")
+
+
+@contextmanager
+def waiting(what: str, sentence: str) -> Iterator[None]:
+    """While it lasts, the driver is told that `what` is waited for; where it does not listen, `sentence` is said."""
+    if os.environ.get(FILE):
+        with _Line(desc=f"waiting for {what}", bar_format="{desc}"):
+            yield
+    else:
+        say(sentence)
+        yield
 
 
 def _asked_by_a_person() -> bool:
@@ -42,6 +55,9 @@ class _Line(tqdm):
     """A bar that is part of one line: those of all that are open, as they are now."""
 
     shown: ClassVar[dict[tqdm, None]] = {}  # in order
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, mininterval=SECONDS, file=io.StringIO(), leave=False)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """What tqdm calls to show a bar and, with an empty `msg`, to close it."""

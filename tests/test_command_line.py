@@ -325,6 +325,7 @@ def test_a_notebook_reports_what_it_is_at_and_puts_nothing_of_it_out(write, said
     write(BARS.format(end="time.sleep(3)"), VERDICT + "time.sleep(2)")
     cells = nbformat.read(notebooks.execute(STEM, "study", report=said.append), as_version=4).cells
     assert all(cell.outputs == [] for cell in cells if cell.cell_type == "code")
+    assert said[0] == "begins"
     first = said.index("cell 2 of 3, evaluations 0 of 9, LAPQ 0 of 5")
     assert "cell 2 of 3, evaluations 2 of 9, LAPQ 4 of 5" in said[first:]
     assert said[-1] == "cell 3 of 3", "a bar that is closed is no longer told"

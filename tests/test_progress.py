@@ -57,6 +57,15 @@ def test_lines_are_written_once_a_second_however_fast_the_steps_are(told, monkey
         assert told.read_text() == "LAPQ 0 of 9"
 
 
+def test_a_wait_is_told_to_the_driver_or_else_to_the_user(told, monkeypatch, capsys):
+    with progress.bar(9, "evaluations", "evaluation"), progress.waiting("resnet20", "It waits."):
+        assert told.read_text() == "evaluations 0 of 9, waiting for resnet20"
+    assert told.read_text() == "" and capsys.readouterr() == ("", "")
+    monkeypatch.delenv(progress.FILE)
+    with progress.waiting("resnet20", "It waits."):
+        assert capsys.readouterr() == ("", "It waits.\n")
+
+
 def test_where_nobody_looks_nothing_is_said(monkeypatch, capsys):
     monkeypatch.delenv(progress.FILE, raising=False)
     with progress.bar(9, "LAPQ", "loss") as bar:
