@@ -1,17 +1,24 @@
 """A profile carried out: what is missing is trained, the notebooks are executed, the site is built."""
 
+import math
 import os
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from shutil import get_terminal_size
 from statistics import median
-from typing import Any
+from textwrap import fill
+from threading import Lock
+from typing import Any, NamedTuple
 
+import pandas as pd
 from filelock import FileLock, Timeout
+from tabulate import tabulate
 from tqdm import tqdm
 
 from kure_lib import engine, files, notebooks, paths
@@ -20,25 +27,102 @@ from kure_lib.networks.data import SOURCES
 from kure_lib.paths import KureError
 from kure_lib.study import plans, records, runs
 from kure_lib.study.plans import Plan
-from kure_lib.study.profiles import PARAMETERS
+from kure_lib.study.profiles import ONLY_TRAINED, PARAMETERS
 from kure_lib.study.records import Record
 from kure_lib.training.configs import RunConfig
 
 COMMITTED = paths.ROOT / "results" / "study" / "records"  # tell how long an epoch takes
+MINUTE = 60.0  # seconds between two lines of progress where there is no terminal
+WIDTH = 100  # columns of a terminal, at most
 TRAINING_IMAGES = {name: source.training_images for name, source in SOURCES.items()}
 
 
-def describe(profile: str, only: Iterable[str] | None = None) -> str:
-    """What the profile, or what these notebooks of it, would train: the state of each run, and the estimated time.
+class Time(NamedTuple):
+    """What training a run takes, and the device of the records that tell; NaN, or 0 of no epochs, and "" if none."""
 
-    Raises `KureError` for an unknown profile or notebook.
+    seconds: float
+    device: str
+
+
+def describe(profile: str, only: Iterable[str] | None = None) -> str:
+    """What the profile, or what these notebooks of it, would train and execute: two tables and what they come to.
+
+    A row of the first is a part of the plan in one network: its runs, how many are on record, the epochs of all, the
+    evaluations on record, the weights on disk, and the estimated time of training all, one after another. Raises
+    `KureError` for an unknown profile or notebook.
     """
-    planned = plans.needed(plans.open(profile), notebooks.select(only))
-    missing = _missing(planned)
-    state = {run.config: "on record" for run in planned.runs} | dict.fromkeys(missing, "to train")
-    lines = [f"{said:10}{records.run_name(config):60} {config.epochs:3} epochs" for config, said in state.items()]
-    lines += [f"{len(lines) - len(missing)} of {len(lines)} runs are on record."]
-    return "\n".join([*lines, f"Training the others takes {_duration(missing)}."] if missing else lines)
+    stems = notebooks.select(only)
+    planned = plans.needed(plans.open(profile), stems)
+    found = {run.config: records.find(run.config) for run in planned.runs}
+    missing = [config for config, record in found.items() if not record]
+    times = _times(found)
+    lines = [
+        f"Time: one run after another, estimated for {', '.join(models)} from records made on {place}."
+        for place, models in _tell(times).items()
+    ]
+    lines.append(f"{len(found) - len(missing)} of {len(found)} runs are on record.")
+    lines += [f"Training the others takes {_duration(missing)}."] if missing else []
+    lines += ["No notebook reads this profile yet."] if profile in ONLY_TRAINED else []
+    blocks = [_runs(planned, found, times)] if planned.runs else []
+    blocks.append("\n".join(fill(line, WIDTH, break_on_hyphens=False) for line in lines))
+    blocks += [] if profile in ONLY_TRAINED else [_books(planned, stems)]
+    return "\n\n".join(blocks)
+
+
+def _runs(planned: Plan, found: Mapping[RunConfig, Record | None], times: Mapping[RunConfig, Time]) -> str:
+    """A row for each part of the plan in a network, the networks one after another, and a row for all."""
+    columns = ["network", "part", "arms", "runs", "on\nrecord", "epochs", "evaluations\non record", "weights", "time"]
+    rows = [
+        (run.model, run.part, run.arm, 1, bool(record), run.config.epochs, len(record.evaluations) if record else 0,
+         _size(records.weights_path(run.config)), times[run.config].seconds)
+        for run in sorted(planned.runs, key=lambda run: planned.models.index(run.model))
+        for record in [found[run.config]]
+    ]  # fmt: skip
+    each = pd.DataFrame(rows, columns=columns)
+    sums: dict[str, Any] = {"arms": _arms} | dict.fromkeys(columns[3:-1], "sum") | {"time": lambda t: sum(t)}
+    parts = [each, each.assign(network="all", part="", arms="")]
+    table = pd.concat([part.groupby(columns[:2], sort=False).agg(sums) for part in parts]).reset_index()
+    words = {"weights": lambda size: f"{size / 1e6:.1f} MB", "time": _in_words}
+    return _plain(table.assign(**{name: table[name].map(said) for name, said in words.items()}), text=3)
+
+
+def _books(planned: Plan, stems: Iterable[str]) -> str:
+    """A row for each notebook: how many runs it reads, and of which parts."""
+    runs = {stem: plans.needed(planned, [stem]).runs for stem in stems}
+    rows = [(stem, ", ".join(dict.fromkeys(run.part for run in read)), len(read)) for stem, read in runs.items()]
+    return _plain(pd.DataFrame(rows, columns=["notebook", "reads the parts", "runs"]), text=2)
+
+
+def _plain(table: pd.DataFrame, text: int) -> str:
+    """A table of text in its first columns and of numbers in the others."""
+    sides = ["left"] * text + ["right"] * (table.shape[1] - text)
+    return tabulate([[*table], *table.to_numpy()], tablefmt="plain", colalign=sides, disable_numparse=True)
+
+
+def _tell(times: Mapping[RunConfig, Time]) -> dict[str, list[str]]:
+    """The networks whose time is known from records, by the device these were made on."""
+    found: dict[str, list[str]] = {}
+    for config, (_, place) in times.items():
+        if place and config.model not in found.setdefault(place, []):
+            found[place].append(config.model)
+    return found
+
+
+def _arms(arms: pd.Series) -> str:
+    """The arms by name, or how many there are."""
+    names = list(dict.fromkeys(arms))
+    return ", ".join(names) if len(names) < 3 else f"{len(names)} arms"
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 for a file that is not there."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _in_words(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "unknown"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _missing(planned: Plan) -> list[RunConfig]:
@@ -46,31 +130,46 @@ def _missing(planned: Plan) -> list[RunConfig]:
 
 
 def _duration(missing: Iterable[RunConfig]) -> str:
-    """The estimated time of training, in words."""
-    on_record, seconds, unknown = _seconds_per_image(), 0.0, set()
-    for config in missing:
-        method = on_record.get(_kind(config, device.precision()))
-        if times := method or on_record.get((config.model, config.data)):
-            seconds += config.epochs * _images(config) * median(times)
-        elif config.epochs:
-            unknown.add(f"{config.model} on {config.data}")
-    if unknown:
+    """The estimated time of training, several at once, in words."""
+    times, here = _times(missing), device.provenance()["device"]
+    if unknown := {f"{run.model} on {run.data}" for run, time in times.items() if math.isnan(time.seconds)}:
         return f"an unknown time: no record of {', '.join(sorted(unknown))} says how long an epoch takes"
-    return f"about {seconds / workers() / 60:.0f} min with {workers()} at a time"
+    words = f"about {_in_words(sum(time.seconds for time in times.values()) / workers())} with {workers()} at a time"
+    if elsewhere := {time.device for time in times.values()} - {here, ""}:
+        return f"{words}, if {here} is as fast as {' and '.join(sorted(elsewhere))}, on which the records were made"
+    return words
 
 
-def _seconds_per_image() -> Mapping[tuple, list[float]]:
-    """What an image took in every epoch of the committed records, by kind of run, and by network and data set alone.
+def _times(configs: Iterable[RunConfig]) -> dict[RunConfig, Time]:
+    """The time of every run as epochs of the committed records tell, of the same kind or else of the same network.
+
+    Records made on this machine's device come first, then those of the device with most of them.
+    """
+    on_record, here, precision = _seconds_per_image(), device.provenance()["device"], device.precision()
+    places = sorted(on_record, key=lambda place: (place != here, -sum(map(len, on_record[place].values()))))
+
+    def time(config: RunConfig) -> Time:
+        for place in places:
+            for kind in (_kind(config, precision), (config.model, config.data)):
+                if known := on_record[place].get(kind):
+                    return Time(config.epochs * _images(config) * median(known), place)
+        return Time(math.nan if config.epochs else 0.0, "")
+
+    return {config: time(config) for config in configs}
+
+
+def _seconds_per_image() -> Mapping[str, Mapping[tuple, list[float]]]:
+    """What an image took in every epoch of the committed records, by device, then by kind of run and by network.
 
     A record that cannot be read tells nothing: the tests name it, and an estimate does without it.
     """
-    found: dict[tuple, list[float]] = defaultdict(list)
+    found: dict[str, dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
     for path in COMMITTED.glob("*.json"):
         with suppress(OSError, ValueError, KureError):
             record = records.Record.model_validate_json(path.read_bytes())
-            config, precision = record.config, record.provenance.get("precision")
-            for kind in (_kind(config, precision), (config.model, config.data)):
-                found[kind] += [seconds / _images(config) for seconds in record.curves.get("seconds", [])]
+            config, place = record.config, str(record.provenance.get("device", "an unknown device"))
+            for kind in (_kind(config, record.provenance.get("precision")), (config.model, config.data)):
+                found[place][kind] += [seconds / _images(config) for seconds in record.curves.get("seconds", [])]
     return found
 
 
@@ -143,6 +242,35 @@ def train(planned: Plan, jobs: int | None = None, cluster: str | None = None) ->
         engine.run(tasks, where, report, finish)
 
 
+class _Lines:
+    """What every notebook is at: a line for each below the bar on a terminal, else one for all in a minute at most."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, str] = {}
+        self.printed = time.monotonic()
+        self.lock = Lock()  # each notebook is waited for in a thread of its own
+
+    @contextmanager
+    def show(self, stem: str, row: int) -> Iterator[Callable[[str], None]]:
+        """Within the block a notebook has the line `row` of a terminal; yields what is called with what it is at."""
+        with tqdm(desc=stem, bar_format="{desc}", position=row, leave=False, disable=None) as line:
+
+            def report(said: str) -> None:
+                with self.lock:
+                    self.said[stem] = f"{stem}: {said}"
+                    if not line.disable:
+                        line.set_description_str(self.said[stem][: get_terminal_size().columns - 1])
+                    elif time.monotonic() - self.printed >= MINUTE:
+                        self.printed = time.monotonic()
+                        print("; ".join(self.said.values()), flush=True)
+
+            try:
+                yield report
+            finally:
+                with self.lock:
+                    self.said.pop(stem, None)
+
+
 def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     """Execute notebooks, several at once; 00 shows the verdicts of all others, so it comes last and alone.
 
@@ -150,23 +278,26 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     """
     others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
     threads = max(1, device.cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
-    free: Queue[dict[str, str]] = Queue()
-    for place in _places(jobs):
-        free.put({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **place})
+    free: Queue[tuple[int, dict[str, str]]] = Queue()
+    for row, place in enumerate(_places(jobs), start=1):
+        free.put((row, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **place}))
     changed: dict[str, Any] = PARAMETERS.get(profile, {})
     failed: dict[str, str] = {}
+    lines = _Lines()
     with tqdm(total=len(others) + len(last), desc="notebooks", unit="notebook", disable=None) as bar:
 
         def execute(stem: str) -> None:
             if bar.disable:
                 print(f"executing {stem}", flush=True)
-            place = free.get()
+            row, place = free.get()
             try:
-                notebooks.execute(stem, profile, parameters=changed.get(stem[:2]), environment=place)
+                with lines.show(stem, row) as report:
+                    changes = changed.get(stem[:2])
+                    notebooks.execute(stem, profile, parameters=changes, environment=place, report=report)
             except KureError as error:
                 failed[stem] = str(error)
             finally:
-                free.put(place)
+                free.put((row, place))
             bar.update()
 
         pool = ThreadPoolExecutor(jobs)

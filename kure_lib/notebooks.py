@@ -12,7 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import indent
@@ -21,13 +22,14 @@ from typing import Any
 import psutil
 from filelock import FileLock
 
-from kure_lib import files, paths
+from kure_lib import files, paths, progress
 from kure_lib.engine import die_with_parent
 from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 
 TIMEOUT = 3600  # seconds, for one cell
 GRACE = 120  # seconds more for the whole notebook, so that its kernel can start and end
+LOOK = 5  # seconds between two looks at its progress
 READING = "reading"  # tag of a text cell that is about the committed study
 COMMITTED_STUDY = "**In the committed study:**"
 TAIL = 12  # lines of a traceback worth showing
@@ -61,6 +63,7 @@ def execute(
     destination: Path | None = None,
     parameters: Mapping[str, object] | None = None,
     environment: Mapping[str, str] | None = None,
+    report: Callable[[str], None] = lambda said: None,
 ) -> Path:
     """Execute a notebook from top to bottom; keep the executed copy whole, or not at all.
 
@@ -71,6 +74,7 @@ def execute(
         parameters: Others to set. Only those that differ from the notebook's own are injected, so that under its own
             profile the copy has the same cells.
         environment: Environment variables of its process: the GPU it computes on, the number of its threads.
+        report: Called every few seconds with what it is at, such as "cell 7 of 23, evaluations 34 of 126".
 
     Returns:
         The path of the copy.
@@ -92,7 +96,7 @@ def execute(
     with FileLock(partial.with_suffix(".lock")):  # a second copy of the study waits for its turn
         partial.unlink(missing_ok=True)
         before = {} if paths.checking() else _verdicts(results, stem)  # in check mode none is written
-        trouble = _papermill(source, partial, changes, environment or {})
+        trouble = _papermill(source, partial, changes, environment or {}, report)
         after = _verdicts(results, stem)
         if not trouble and (missing := [id for id in after if after[id] in (None, before.get(id))]):
             trouble = f"did not write its verdict on {', '.join(missing)}."
@@ -157,21 +161,37 @@ def _verdicts(results: Path, stem: str) -> dict[str, tuple[int, int] | None]:
 
 
 def _papermill(
-    source: Path, partial: Path, changes: Mapping[str, object], environment: Mapping[str, str]
+    source: Path,
+    partial: Path,
+    changes: Mapping[str, object],
+    environment: Mapping[str, str],
+    report: Callable[[str], None],
 ) -> str | None:
     """Execute `source` into `partial`. Returns None, or what went wrong, in words that follow the notebook's name."""
     command = [sys.executable, "-m", "papermill", source, partial, "--kernel", "python3", "--no-progress-bar"]
     command += ["--cwd", source.parent, "--execution-timeout", str(TIMEOUT)]
     command += ["--parameters_yaml", json.dumps(changes)] if changes else []
     environment = {**os.environ, **environment, "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else a warning in the outputs
-    with tempfile.TemporaryFile() as log:
-        with running(command, env=environment, stdout=log, stderr=log) as process:
-            try:
-                exit_code = process.wait(TIMEOUT + GRACE)
-            except subprocess.TimeoutExpired:
-                exit_code = None
+    with tempfile.TemporaryFile() as log, tempfile.NamedTemporaryFile("r", prefix="kure-progress-") as line:
+        with running(command, env={**environment, progress.FILE: line.name}, stdout=log, stderr=log) as process:
+            end, exit_code = time.monotonic() + TIMEOUT + GRACE, None
+            while exit_code is None and (left := end - time.monotonic()) > 0:
+                try:
+                    exit_code = process.wait(min(left, LOOK))
+                except subprocess.TimeoutExpired:
+                    line.seek(0)
+                    report(", ".join(filter(None, [_cell(partial), line.read()])) or "begins")
         log.seek(0)
         return _trouble(partial, exit_code, log.read().decode(errors="replace"))
+
+
+def _cell(partial: Path) -> str:
+    """The number of the cell that is executed, among those with code; empty before the first."""
+    with suppress(OSError, ValueError, KeyError):  # not begun, or read while it was written
+        cells = [cell for cell in json.loads(partial.read_bytes())["cells"] if cell["cell_type"] == "code"]
+        if begun := sum(bool(cell["metadata"]["papermill"]["start_time"]) for cell in cells):
+            return f"cell {begun} of {len(cells)}"
+    return ""
 
 
 def _trouble(partial: Path, exit_code: int | None, log: str) -> str | None:

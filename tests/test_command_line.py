@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import webbrowser
 from contextlib import suppress
@@ -23,6 +24,7 @@ from kure_lib import driver, notebooks, paths
 from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 from kure_lib.study import profiles
+from kure_lib.study.plans import plan
 
 STEM = "90_tiny"
 PATIENCE = 300  # seconds; a busy machine is slow to start Python, torch and a kernel
@@ -65,7 +67,7 @@ def test_the_large_profile_is_trained_and_no_notebook_executed(results_folder, m
     monkeypatch.setattr(driver, "run", None)
     assert command_line.main(["--profile", "large", "--jobs", "2", "--cluster", "auto"]) == 0
     assert trained == [("large", 2, "auto")]
-    assert "0 of 18 runs are on record." in capsys.readouterr().out
+    assert f"0 of {len(plan('large').runs)} runs are on record." in capsys.readouterr().out
     assert command_line.main(["--profile", "large", "--only", "05"]) == 1
     assert capsys.readouterr().err == "Error: No notebook reads the profile large: leave --only out.\n"
 
@@ -297,6 +299,44 @@ def test_under_its_own_profile_a_notebook_keeps_its_cells_and_its_bytes(write, t
     assert source.read_bytes() == once
     assert len(nbformat.read(source, as_version=4).cells) == 3
     assert b"papermill" not in once
+
+
+BARS = """
+import time
+from kure_lib import progress
+with progress.bar(9, "evaluations", "evaluation", few=3) as outer, progress.bar(5, "LAPQ", "loss") as inner:
+    outer.update(2)
+    time.sleep(1.5)
+    inner.update(4)
+    {end}
+"""
+
+
+@pytest.fixture
+def said(monkeypatch, tmp_path):
+    """What a notebook reports while it is executed, looked at often; temporary files lie in a folder of their own."""
+    monkeypatch.setattr(notebooks, "LOOK", 0.1)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return []
+
+
+def test_a_notebook_reports_what_it_is_at_and_puts_nothing_of_it_out(write, said, tmp_path):
+    write(BARS.format(end="time.sleep(3)"), VERDICT + "time.sleep(2)")
+    cells = nbformat.read(notebooks.execute(STEM, "study", report=said.append), as_version=4).cells
+    assert all(cell.outputs == [] for cell in cells if cell.cell_type == "code")
+    assert said[0] == "begins"
+    first = said.index("cell 2 of 3, evaluations 0 of 9, LAPQ 0 of 5")
+    assert "cell 2 of 3, evaluations 2 of 9, LAPQ 4 of 5" in said[first:]
+    assert said[-1] == "cell 3 of 3", "a bar that is closed is no longer told"
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_of_a_kernel_that_dies_no_progress_is_left(write, said, tmp_path):
+    write(BARS.format(end="import os; os._exit(1)"))
+    assert "lost its kernel" in failure(report=said.append)
+    assert any("evaluations 0 of 9" in line for line in said)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_misspelled_parameter(write):

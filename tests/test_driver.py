@@ -1,11 +1,14 @@
 """What is trained and for how long, training in several processes, and a second study on the same results."""
 
+import io
+import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 
 import nbformat
@@ -30,12 +33,13 @@ def timed(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "COMMITTED", tmp_path)
     monkeypatch.setattr(driver, "workers", lambda: 1)
     monkeypatch.setattr(device, "precision", lambda: "bfloat16")
+    monkeypatch.setattr(device, "provenance", lambda: {"device": "AVX512"})
 
-    def write(seconds, precision="bfloat16", **settings):
+    def write(seconds, precision="bfloat16", place="AVX512", **settings):
         config = run(**{"epochs": len(seconds), **settings})
         record = Record(key=config.key, config=config, curves={"seconds": seconds}, layer_kurtosis={}, layers=[],
-                        weights_sha256="", provenance={"precision": precision})  # fmt: skip
-        (tmp_path / f"{config.key}-{precision}.json").write_text(record.model_dump_json())
+                        weights_sha256="", provenance={"precision": precision, "device": place})  # fmt: skip
+        (tmp_path / f"{config.key}-{precision}-{place}.json").write_text(record.model_dump_json())
 
     return write
 
@@ -89,13 +93,71 @@ def test_the_time_of_a_network_without_a_record_is_unknown(timed):
     assert said == "an unknown time: no record of resnet18 on imagenet says how long an epoch takes"
 
 
-def test_every_run_is_listed_with_its_state(results_folder, timed):
-    said = driver.describe("imagenet").splitlines()
-    names = [f"{run.config.label}-{run.config.key}" for run in plan("imagenet").runs]
-    assert [line.split()[:3] for line in said[:-2]] == [["to", "train", name] for name in names]
-    assert said[-2] == "0 of 13 runs are on record."
-    assert said[-1].startswith("Training the others takes an unknown time: no record of mobilenet_v2 on imagenet, ")
-    assert len(driver.describe("imagenet", only=["07"]).splitlines()) == 9 + 2, "the main arms of three networks"
+def test_the_time_on_a_gpu_is_not_that_of_a_processor(timed, monkeypatch):
+    timed([60.0] * 9)
+    timed([6.0], place="NVIDIA H100", seed=1)
+    assert driver._duration([run(epochs=1)]) == "about 1 min with 1 at a time"
+    monkeypatch.setattr(device, "provenance", lambda: {"device": "NVIDIA H100"})
+    assert driver._duration([run(epochs=10)]) == "about 1 min with 1 at a time"
+    monkeypatch.setattr(device, "provenance", lambda: {"device": "NVIDIA T4"})
+    said = driver._duration([run(epochs=1)])
+    assert said == ("about 1 min with 1 at a time, if NVIDIA T4 is as fast as AVX512, on which the records were made")
+    assert driver._times([run(epochs=1)]) == {run(epochs=1): driver.Time(60.0, "AVX512")}
+
+
+def cells(said: str) -> dict[tuple[str, str], list[str]]:
+    """The columns after the arms, in every row of the table of runs, by network and part."""
+    rows = [re.split(r"  +", line) for line in said.partition("\n\n")[0].splitlines()[2:]]
+    return {(row[0], row[1] if row[0] != "all" else ""): row[-6:] for row in rows}
+
+
+def test_the_table_of_runs_counts_what_the_plan_and_the_files_hold(monkeypatch):
+    monkeypatch.delenv("KURE_RESULTS", raising=False)
+    monkeypatch.setenv("KURE_PROFILE", "study")
+    said = driver.describe("study")
+    assert max(map(len, said.splitlines())) <= 100
+    expected = defaultdict(lambda: [0, 0, 0, 0, 0.0])
+    folder = driver.COMMITTED.parent
+    for each in plan("study").runs:
+        name = f"{each.config.label}-{each.config.key}"
+        record = folder / "records" / f"{name}.json"
+        for place in ((each.model, each.part), ("all", "")):
+            counts = expected[place]
+            counts[0] += 1
+            counts[1] += record.is_file()
+            counts[2] += each.config.epochs
+            counts[3] += len(json.loads(record.read_bytes())["evaluations"]) if record.is_file() else 0
+            counts[4] += sum(file.stat().st_size for file in (folder / "weights").rglob(f"{name}.safetensors"))
+    shown = {place: [*map(int, row[:4]), row[4]] for place, row in cells(said).items()}
+    assert shown == {place: [*row[:4], f"{row[4] / 1e6:.1f} MB"] for place, row in expected.items()}
+    assert f"{expected['all', ''][1]} of {len(plan('study').runs)} runs are on record." in said
+
+
+def test_the_table_of_runs_says_the_time_of_each_part_and_where_it_was_taken(results_folder, timed):
+    timed([600.0], train_size=2048)
+    timed([5.0], train_size=2048, seed=1, quantization=LSQ, place="NVIDIA H100")
+    timed([7200.0], train_size=2048, model="mobilenet_v2_050", place="NVIDIA H100")
+    said = driver.describe("smoke", only=["07", "05"])
+    times = {place: row[-1] for place, row in cells(said).items()}
+    main, sweep = 3 * 2 * 600, 2 * 600
+    assert times["resnet20", "main"] == f"{main / 60:.0f} min"
+    assert times["resnet20", "target"] == f"{sweep / 60:.0f} min"
+    assert times["mobilenet_v2_050", "main"] == "12.0 h"
+    assert times["all", ""] == f"{(5 * sweep + 4 * 2 * 7200) / 3600:.1f} h"
+    assert "estimated for resnet20 from records made on AVX512." in said
+    assert "estimated for mobilenet_v2_050 from records made on NVIDIA H100." in said
+    assert "\n05_kurtosis_target           main, target, coefficient     9\n07_bit_width" in said
+    assert "\n06_" not in said
+
+
+def test_a_time_that_no_record_tells_is_unknown(results_folder, timed):
+    said = driver.describe("imagenet")
+    assert {row[-1] for row in cells(said).values()} == {"unknown"} and "Time:" not in said
+    missing = "0 of 13 runs are on record. Training the others takes an unknown time: no record of mobilenet_v2 on "
+    assert missing in " ".join(said.split())
+    assert cells(driver.describe("imagenet", only=["07"]))["all", ""][0] == "9", "the main arms of three networks"
+    assert driver.describe("imagenet", only=["01"]).startswith("0 of 0 runs are on record.")
+    assert "No notebook reads this profile yet." in driver.describe("large")
     with pytest.raises(KureError, match="no notebook '77'"):
         driver.describe("imagenet", only=["77"])
 
@@ -119,7 +181,7 @@ def test_notebooks_take_turns_with_the_gpus_and_share_the_cores(monkeypatch, sai
     monkeypatch.setattr(device, "cores", lambda: 6)
     together, at_work, seen = threading.Barrier(2, timeout=60), Counter(), []
 
-    def execute(stem, profile, parameters, environment):
+    def execute(stem, profile, parameters, environment, report):
         gpu = environment["CUDA_VISIBLE_DEVICES"]
         at_work[gpu] += 1
         if stem[:2] != "00":
@@ -132,6 +194,48 @@ def test_notebooks_take_turns_with_the_gpus_and_share_the_cores(monkeypatch, sai
     assert driver._execute_all(["00_start", "01_a", "02_b", "03_c", "04_d"], "smoke", jobs=2) == []
     assert len(seen) == 5 and {gpu for gpu, *_ in seen} == {"4", "GPU-8a"}
     assert {(count, used) for _, count, used in seen} == {(1, threads)}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The driver's clock, which stands still unless a test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_has_one_line_of_progress_a_minute_at_most(clock, capsys):
+    lines = driver._Lines()
+    with lines.show("07_ptq", 1) as seven:
+        with lines.show("08_qat", 2) as eight:
+            for second in range(150):
+                clock[0] = 1000.0 + second
+                seven(f"cell {second} of 150")
+                eight("cell 1 of 9")
+        clock[0] += 60
+        seven("cell 149 of 150, evaluations 3 of 4")
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "07_ptq: cell 60 of 150; 08_qat: cell 1 of 9", "07_ptq: cell 120 of 150; 08_qat: cell 1 of 9",
+        "07_ptq: cell 149 of 150, evaluations 3 of 4",
+    ]  # fmt: skip
+    assert said.err == ""
+
+
+def test_on_a_terminal_every_notebook_has_a_line_that_goes_with_it(monkeypatch, capsys):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(KureError), driver._Lines().show("07_ptq", 1) as report:
+        report("cell 3 of 9, evaluations 34 of 126, LAPQ 120 of 406")
+        report("cell 3 of 9, evaluations 35 of 126")
+        raise KureError("The kernel died.")
+    written = re.split(r"[\r\n]|\x1b\[A", screen.getvalue())
+    assert [line.rstrip() for line in written if line.strip()] == [
+        "07_ptq", "07_ptq: cell 3 of 9, evaluations 34 of", "07_ptq: cell 3 of 9, evaluations 35 of",
+    ]  # fmt: skip
+    assert written[-1].strip() == "" and capsys.readouterr().out == ""
 
 
 # Training in several processes
@@ -188,7 +292,7 @@ def test_runs_that_share_a_label_are_all_listed_and_trained(results_folder, monk
     """Networks pre-trained for 2 and for 4 epochs, and what starts from them, have the same label."""
     planned = plan("smoke")
     assert len({run.config.label for run in planned.runs}) < len(planned.runs)
-    assert len(driver.describe("smoke").splitlines()) == len(planned.runs) + 2
+    assert f"0 of {len(planned.runs)} runs are on record." in driver.describe("smoke")
     made = []
 
     def take(tasks, where, on_report, on_result):

@@ -53,4 +53,4 @@ def markdown(folder: str) -> str:
 def update_readme(path: Path) -> None:
     """Replace the findings and the boards of a Markdown file, which stand between markers, and nothing else in it."""
     files.fill(Path(path), *FINDINGS, markdown("notebooks/"))
-    files.fill(Path(path), *BOARD, verdicts.scoreboard_markdown(evidence=False))
+    files.fill(Path(path), *BOARD, verdicts.scoreboard_markdown(folded=True))

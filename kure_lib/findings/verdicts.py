@@ -294,9 +294,10 @@ def scoreboard() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def scoreboard_markdown(folder: str = "notebooks/", evidence: bool = True) -> str:
+def scoreboard_markdown(folder: str = "notebooks/", folded: bool = False) -> str:
     """Two boards as Markdown, the paper's claims and the readers' questions: each a line of totals, then a table that
-    links to the notebooks in `folder`; with `evidence` also the number that decided, under which it folds away.
+    links to the notebooks in `folder` and holds the number that decided, under which the evidence folds away. `folded`,
+    for a page that says more, leaves numbers and evidence out, and the tables fold away under their totals.
     """
     board, boards = _records(scoreboard()), []
     for title, word in (("claims of the paper", "claim"), ("questions of its readers", "question")):
@@ -306,17 +307,19 @@ def scoreboard_markdown(folder: str = "notebooks/", evidence: bool = True) -> st
         words = [ANSWERS.get(name, name) if asked else name for name in OUTCOMES]
         totals = ", ".join(f"{name} {counts[name]}" for name in words)
         lines = [f"{len(rows)} {title} (profile `{paths.profile()}`): {totals}.", ""]
-        columns = ["id", word, "verdict", *(["decided by"] if evidence else []), "notebook"]
+        if folded:
+            lines = ["<details>", f"<summary>{lines[0].replace('`', '')}</summary>", ""]
+        columns = ["id", word, "verdict", *([] if folded else ["decided by"]), "notebook"]
         lines += [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
         for row in rows:
             links = " ".join(_link(stem, folder) for stem in row["notebook"].split(", "))
             number = row["decided_by"]
             if row["evidence"]:
                 number = f"<details><summary>{number or 'why'}</summary>{row['evidence']}</details>"
-            decided = [number] if evidence else []
+            decided = [] if folded else [number]
             cells = (row["id"], row["statement"], f"**{row['outcome']}**", *decided, links)
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-        boards.append("\n".join(lines))
+        boards.append("\n".join([*lines, "", "</details>"] if folded else lines))
     return "\n\n".join(boards)
 
 

@@ -12,8 +12,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
+from kure_lib import progress
 from kure_lib.networks import device
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
@@ -51,7 +51,7 @@ def loss_aware_steps(
     with (
         view.quantized(model, plain, images, steps=steps),
         _remembering(model, steps),
-        tqdm(total=len(NORMS) + 1 + evaluations, desc="LAPQ", unit="loss", disable=None, leave=False) as bar,
+        progress.bar(len(NORMS) + 1 + evaluations, "LAPQ", "loss") as bar,
     ):
 
         def loss_at(values: dict[str, float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from kure_lib import progress
 from kure_lib.paths import check_known, use_profile
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import runs
@@ -22,6 +23,7 @@ ARMS = ("pretrained", "control", "kure", "scratch", "activations")  # and those 
 PARTS = ("main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules", "lengths")
 ASIDE = ("tuning", "schedules", "lengths")  # parts whose arms have the names of others
 CHOICES = ("model", "arm", "part", "seed", "target", "coefficient", "quantizer")
+FEW = 3  # evaluations that are made without a word
 COLUMNS = (
     "model", "arm", "target", "coefficient", "quantizer", "seed", "w_bits", "a_bits", "bits", "grid", "step_ratio",
     "activation_ratio", "top1", "loss", "kurtosis", "train_loss",
@@ -135,17 +137,22 @@ class Plan:
 
         Columns: model, arm, target, coefficient, quantizer and seed of the run; w_bits and a_bits (32: full precision),
         bits in words, grid, step_ratio, activation_ratio; top1 in percent and loss in nats; and of the run kurtosis,
-        the mean over its regularized layers, and train_loss of its last epoch in nats.
+        the mean over its regularized layers, and train_loss of its last epoch in nats. What is not on record is
+        evaluated, with a bar where that are more than a few.
         """
-        rows = []
+        rows, specs = [], list(specs)
         measured = [(run, runs.get(run.config)) for run in self.select(**wanted)]
-        for (run, record), spec in product(measured, specs):
-            result, train_losses = runs.evaluate(record, spec), record.curves.get("train_loss", [math.nan])
-            rows.append((
-                run.model, run.arm, run.target, run.coefficient or 0.0, run.quantizer, run.seed, *spec.bits.widths,
-                str(spec.bits), spec.grid.name, spec.step_ratio, spec.activation_ratio, result.top1, result.loss,
-                record.mean_kurtosis, train_losses[-1],
-            ))  # fmt: skip
+        to_make = sum(len({spec.key for spec in specs} - record.evaluations.keys()) for _, record in measured)
+        with progress.bar(to_make, "evaluations", "evaluation", few=FEW) as bar:
+            for (run, record), spec in product(measured, specs):
+                on_record = spec.key in record.evaluations
+                result, train_losses = runs.evaluate(record, spec), record.curves.get("train_loss", [math.nan])
+                rows.append((
+                    run.model, run.arm, run.target, run.coefficient or 0.0, run.quantizer, run.seed, *spec.bits.widths,
+                    str(spec.bits), spec.grid.name, spec.step_ratio, spec.activation_ratio, result.top1, result.loss,
+                    record.mean_kurtosis, train_losses[-1],
+                ))  # fmt: skip
+                bar.update(not on_record)
         return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 from pydantic import Field, FiniteFloat, PlainSerializer, model_validator
 from torch import nn
 
+from kure_lib import progress
 from kure_lib.files import make_folder, write_atomically
 from kure_lib.networks import data, device, models
 from kure_lib.networks.evaluation import Evaluation
-from kure_lib.paths import KureError, in_words, results, say
+from kure_lib.paths import KureError, in_words, results
 from kure_lib.quantization.view import folded as fold
 from kure_lib.training.configs import Frozen, RunConfig
 from kure_lib.training.loop import Curves, Steps
@@ -211,12 +212,12 @@ def locked(config: RunConfig, wait: float | None = None) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"Another process is working on {config.label} (it holds {path}): waiting until it is done.")
+        held = f"Another process is working on {config.label} (it holds {path})"
         try:
-            lock.acquire(timeout=-1 if wait is None else wait)
+            with progress.waiting(config.label, f"{held}: waiting until it is done."):
+                lock.acquire(timeout=-1 if wait is None else wait)
         except Timeout:
-            raise KureError(f"Another process is working on {config.label} (it holds {path}): wait until it is done, "
-                            "or stop it.") from None  # fmt: skip
+            raise KureError(f"{held}: wait until it is done, or stop it.") from None
     try:
         yield
     finally:

@@ -51,7 +51,7 @@ def test_a_readme_changes_between_its_markers_only(copied, monkeypatch):
     frame = "# Title\n\n{0[0]}\n{1}\n{0[1]}\n\nBetween.\n\n{2[0]}\n{3}\n{2[1]}\n\nEnd.\n".format
     readme.write_text(frame(answer.FINDINGS, "old", answer.BOARD, "old"), "utf-8")
     answer.update_readme(readme)
-    board = verdicts.scoreboard_markdown(evidence=False)
+    board = verdicts.scoreboard_markdown(folded=True)
     wanted = frame(answer.FINDINGS, answer.markdown("notebooks/"), answer.BOARD, board)
     assert readme.read_text("utf-8") == wanted
     monkeypatch.setenv("KURE_CHECK", "1")

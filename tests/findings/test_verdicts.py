@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 from scipy import stats
 
 from kure_lib import paths
@@ -261,7 +262,18 @@ def test_two_boards_count_and_link_existing_notebooks_only(tmp_path, monkeypatch
     assert "<summary>+2.2 ± 0.5 points (w3)</summary>Of 1 settings" in row and r"a\|b 1.</details>" in row
     assert row.endswith(f"| [04](notebooks/{FIRST}.ipynb) 09 |")
     assert f"[04]({FIRST}.ipynb)" in verdicts.scoreboard_markdown(folder="")
-    assert "<details>" not in verdicts.scoreboard_markdown(evidence=False)
+
+
+def test_a_folded_board_shows_its_totals_and_hides_its_rows():
+    verdicts.judge("S3", GAIN, "why")
+    front, whole = verdicts.scoreboard_markdown(folded=True), verdicts.scoreboard_markdown()
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(front)
+    boards = re.findall(r"<details>\n<summary>([^<]*)</summary>\n(<table>.*?</table>)\n</details>", page, re.DOTALL)
+    totals = [line.replace("`", "") for line in whole.splitlines() if line.endswith(".") and not line.startswith("|")]
+    assert [summary for summary, _ in boards] == totals and len(totals) == 2
+    assert [table.count("<tr>") - 1 for _, table in boards] == [17, 14]
+    assert re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL).strip() == ""
+    assert "2.2" not in front and "<strong>holds</strong>" in boards[0][1]
 
 
 SOUND = {"outcome": "holds", "decided_by": "", "evidence": "", "parts": {}}

@@ -8,6 +8,7 @@ import torch
 from helpers import same_weights
 from torch import nn
 
+from kure_lib import progress
 from kure_lib.networks import activations, device, models
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
@@ -279,12 +280,12 @@ def test_a_search_that_fails_leaves_the_network_as_it_was(network, images):
 def test_the_search_keeps_to_its_budget_and_says_how_far_it_is(network, images, monkeypatch):
     bars = []
 
-    class Bar(lapq.tqdm):
+    class Bar(progress.tqdm):
         def __init__(self, **options):
             bars.append(self)
             super().__init__(**options | {"disable": False, "file": io.StringIO()})
 
-    monkeypatch.setattr(lapq, "tqdm", Bar)
+    monkeypatch.setattr(progress, "tqdm", Bar)
     lapq.loss_aware_steps(network, *images, lapq_spec(4, None), evaluations=30)
     (bar,) = bars
     assert bar.desc == "LAPQ" and bar.unit == "loss"

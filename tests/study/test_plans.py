@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from kure_lib import paths
+from kure_lib import paths, progress
+from kure_lib.networks.evaluation import Evaluation
 from kure_lib.paths import ROOT, KureError
 from kure_lib.quantization.spec import QuantizationSpec
-from kure_lib.study import plans
-from kure_lib.study.plans import ARMS, ASIDE, COLUMNS, KURE, needed, plan
+from kure_lib.study import plans, runs
+from kure_lib.study.plans import ARMS, ASIDE, COLUMNS, KURE, Plan, Planned, needed, plan
 from kure_lib.study.profiles import NEEDS, PROFILES
 from kure_lib.training.configs import KureConfig
 
@@ -227,3 +228,22 @@ def test_measurements_are_the_evaluations_on_record(monkeypatch):
     kept = json.loads(path.read_text())
     assert frame.iloc[-1][["top1", "loss"]].tolist() == kept["evaluations"][specs[1].key]
     assert frame.train_loss.iloc[-1] == kept["curves"]["train_loss"][-1]
+
+
+def test_a_bar_counts_the_evaluations_that_are_made(results_folder, tiny, monkeypatch):
+    """Those on record, and one asked for twice, are not made; few are made without a word."""
+    bars, made = [], progress.bar
+    monkeypatch.setattr(progress, "bar", lambda *given, **options: bars.append(made(*given, **options)) or bars[-1])
+    monkeypatch.setattr(runs.evaluation, "evaluate", lambda model, split: Evaluation(50.0, 1.0))
+    planned = Plan("trial", (Planned("resnet20", "pretrained", "main", tiny),))
+    widths = [QuantizationSpec(weight_bits=bits) for bits in (8, 6, 5, 4, 3, 2)]
+    for specs in (widths[:2], widths, [*widths, QuantizationSpec(weight_bits=7), widths[0]]):
+        assert len(planned.measure(specs)) == len(specs)
+    assert [bar.total for bar in bars] == [2, 4, 1]
+    assert all(bar.disable for bar in bars), "nobody looks"
+    monkeypatch.setenv(progress.FILE, str(results_folder / "line"))
+    others = [QuantizationSpec(weight_bits=4, step_ratio=ratio) for ratio in (0.7, 0.8, 0.9, 1.1)]
+    planned.measure([*others, *others, widths[0]])
+    assert (bars[-1].disable, bars[-1].n, bars[-1].total) == (True, 4, 4), "it counted them, and is closed"
+    planned.measure([QuantizationSpec(weight_bits=3, step_ratio=ratio) for ratio in (0.7, 0.8, 0.9)])
+    assert (bars[-1].n, bars[-1].total) == (0, 3), "a few are made without a word"
