@@ -183,7 +183,7 @@ PARAMETERS = {
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32},
         "13": {"settings": "3/FP", "calibration": 32},
         "14": {"seeds": [1], "bits": [4, 2], "images": 500},
-        "15": {"calibration": 32},
+        "15": {"weight_bits": [3], "calibration": 32},
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64},
@@ -192,7 +192,7 @@ PARAMETERS = {
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0, 1.2], "searched": [3], "calibration": 64},
         "13": {"settings": "3/FP 4/4", "calibration": 64},
         "14": {"seeds": [1], "bits": [4, 2], "images": 2000},
-        "15": {"calibration": 64},
+        "15": {"weight_bits": [3], "calibration": 64},
     },
 }
 
