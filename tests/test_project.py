@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import zipfile
 from functools import cache
@@ -165,7 +166,7 @@ def test_everything_imported_is_pinned():
 # The package
 
 
-ALONE = """
+OUT_OF_REACH = """
 import importlib.metadata, sys
 from importlib.machinery import PathFinder
 from packaging.requirements import Requirement
@@ -186,6 +187,10 @@ class Finder:
         return None if owners and not owners & own else PathFinder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Finder() if each is PathFinder else each for each in sys.meta_path]
+"""
+
+TRAINS = """
+import sys
 import kure_lib, torch
 from torch import nn
 
@@ -209,20 +214,45 @@ print((__import__("pathlib").Path(findings[0]) / "claims.toml").is_file())
 """
 
 
-def test_the_wheel_alone_trains_with_what_it_says_it_needs(tmp_path):
-    """Installed into an empty folder, with every package out of reach that its metadata do not name."""
+@pytest.fixture
+def wheel(tmp_path) -> Path:
+    """The package as it would be handed out."""
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
     copied = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "results", "data", "tests"))
     subprocess.run([*build, tmp_path, copied], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    installed = {*zipfile.ZipFile(wheel).namelist()}
-    assert {str(module.relative_to(ROOT)) for module in MODULES} <= installed
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    (tmp_path / "alone.py").write_text(ALONE)
-    command = [sys.executable, "alone.py", str(tmp_path / "installed")]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed"), "HOME": str(tmp_path)}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    (built,) = tmp_path.glob("*.whl")
+    return built
+
+
+def trains(python: Path | str, script: str, installed: Path, **environment: str) -> None:
+    """The package in the folder `installed` trains with this Python, begun far from the repository."""
+    command = [python, "-c", script, installed]
+    environment = {**os.environ, "HOME": str(installed), **environment}
+    ended = subprocess.run(command, cwd=installed, env=environment, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout.split()) == (0, ["1", "False", "True"]), ended.stderr
+
+
+def test_the_wheel_alone_trains_with_what_it_says_it_needs(wheel, tmp_path):
+    """Installed into an empty folder, with every package out of reach that its metadata do not name."""
+    installed = tmp_path / "installed"
+    assert {str(module.relative_to(ROOT)) for module in MODULES} <= {*zipfile.ZipFile(wheel).namelist()}
+    zipfile.ZipFile(wheel).extractall(installed)
+    trains(sys.executable, OUT_OF_REACH + TRAINS, installed, PYTHONPATH=str(installed))
+
+
+@pytest.mark.oldest
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="the oldest torch and numpy were made for Python 3.12 at most")
+def test_the_wheel_trains_with_the_oldest_versions_that_it_admits(wheel):
+    """In an environment of its own, which is removed afterwards, as it has the GPU libraries of the old torch."""
+    oldest = [each.replace(">=", "==") for each in PROJECT["project"]["dependencies"]]
+    assert [each for each in oldest if not re.fullmatch(r"\w+==[\d.]+", each)] == []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        python = Path(folder) / "bin" / "python"
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        install = [python, "-m", "pip", "install", "-q", "--no-compile", "--only-binary", ":all:", wheel, *oldest]
+        subprocess.run(install, check=True, env=environment)
+        trains(python, TRAINS, Path(folder), PYTHONPATH="")
 
 
 # The library

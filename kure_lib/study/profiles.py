@@ -183,6 +183,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32},
         "13": {"settings": "3/FP", "calibration": 32},
         "14": {"seeds": [1], "bits": [4, 2], "images": 500},
+        "15": {"weight_bits": [3], "calibration": 32},
         "16": {"images": 32, "shown": 200},
     },
     "quick": {
@@ -192,6 +193,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0, 1.2], "searched": [3], "calibration": 64},
         "13": {"settings": "3/FP 4/4", "calibration": 64},
         "14": {"seeds": [1], "bits": [4, 2], "images": 2000},
+        "15": {"weight_bits": [3], "calibration": 64},
     },
     "imagenet": {"12": {"seeds": [1, 1, 1]}, "14": {"seeds": [1, 1, 1]}, "16": {"images": 8}},
 }
@@ -211,5 +213,6 @@ NEEDS = {
     "12": {"main"},
     "13": {"main", "qat"},
     "14": {"main"},
+    "15": {"main", "target", "coefficient", "scratch"},
     "16": {"main"},
 }
