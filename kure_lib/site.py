@@ -143,11 +143,15 @@ def _page(book: nbformat.NotebookNode, marked: Marked, pages: dict[str, str], fo
     text, code = nbformat.v4.new_markdown_cell, "code"
     cells = [] if book.cells and book.cells[0].source.startswith("# ") else [text(f"# {_title('Notebook', book)}")]
 
-    def linked(link: re.Match) -> str:
-        if Path(link[2]).stem in pages and link[2].endswith(".ipynb"):
-            return link[0]
-        target = os.path.relpath(paths.NOTEBOOKS / link[2], folder)
-        return f'<a href="{target}">{link[1]}</a>'
+    def link(found: re.Match) -> str:
+        if Path(found[2]).stem in pages and found[2].endswith(".ipynb"):
+            return found[0]
+        target = os.path.relpath(paths.NOTEBOOKS / found[2], folder)
+        return f'<a href="{target}">{found[1]}</a>'
+
+    def linked(markdown: str) -> str:
+        """With links to what has no page, such as a notebook that failed, leading to the file itself."""
+        return re.sub(r"\[([^]]+)\]\((?!\w+:|#)([^)#\s]+)\)", link, markdown)
 
     for i, cell in enumerate(book.cells):
         if cell.cell_type == code:
@@ -156,9 +160,11 @@ def _page(book: nbformat.NotebookNode, marked: Marked, pages: dict[str, str], fo
             words = " and ".join(name.replace("_", " ") for _, name in made) or "figure"
             cell.metadata.setdefault("tags", []).append("hide-input")
             cell.metadata["mystnb"] = {"image": {"alt": words}}
+            for output in (each for each in cell.outputs if "text/markdown" in each.get("data", {})):
+                output.data["text/markdown"] = linked(output.data["text/markdown"])
         else:
             demoted = re.sub(r"^# ", "## ", cell.source) if i else cell.source
-            cell.source = re.sub(r"\[([^]]+)\]\((?!\w+:|#)([^)#\s]+)\)", linked, demoted)
+            cell.source = linked(demoted)
         cells.append(cell)
     language = {"name": "python", "pygments_lexer": "ipython3"}  # what a notebook never executed lacks
     return nbformat.v4.new_notebook(cells=cells, metadata={**book.metadata, "language_info": language})

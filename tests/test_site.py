@@ -59,7 +59,9 @@ def notebook(stem: str, other: str) -> nbformat.NotebookNode:
     more = f"# Second part\n\n[Not executed]({ABSENT}.ipynb), [the data](../LICENSE)"
     code = "secret = 41 + 1\n" + (f'show.figure(fig, "{stem[:2]}_a_figure", data)' if stem == FIRST else "")
     cell = nbformat.v4.new_code_cell(code, execution_count=1)
-    cell.outputs = [nbformat.v4.new_output("display_data", {"text/markdown": "| bits |\n|---|\n| 4 |"})]
+    cell.outputs = [
+        nbformat.v4.new_output("display_data", {"text/markdown": f"| bits |\n|---|\n| [4]({ABSENT}.ipynb) |"})
+    ]
     markdown = nbformat.v4.new_markdown_cell
     return nbformat.v4.new_notebook(cells=[markdown(text), markdown(more), cell])
 
