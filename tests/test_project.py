@@ -296,7 +296,11 @@ def test_pytest_without_arguments_finds_all_tests_and_doctests_but_those_on_dema
     assert collected.returncode == 0, collected.stdout
     files = {line.partition("::")[0] for line in collected.stdout.splitlines() if "::" in line}
     tests = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")}
-    on_demand = {file for file in tests if file.startswith(("tests/benchmarks/", "tests/test_cluster.py", "tests/test_imagenet.py"))}
+    on_demand = {
+        file
+        for file in tests
+        if file.startswith(("tests/benchmarks/", "tests/test_cluster.py", "tests/test_imagenet.py"))
+    }
     assert len(on_demand) > 1 and files & on_demand == set()
     assert tests - on_demand <= files
     doctests = {str(file.relative_to(ROOT)) for file in MODULES if "\n    >>> " in file.read_text(encoding="utf-8")}
