@@ -44,7 +44,7 @@ class LearnedStepQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, scale: float) -> Tensor:
-        value = step.item() if step.device.type == "cpu" else step.detach()  # for a GPU's one would have to wait
+        value = step.item()
         quantized = (x * (1 / value)).round_().clamp_(low, high).mul_(value)
         ctx.save_for_backward(x, step, quantized)
         ctx.limits, ctx.scale = (low * value, high * value), scale
@@ -53,18 +53,13 @@ class LearnedStepQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, step, quantized = ctx.saved_tensors
-        (low, high), value = ctx.limits, step
-        if step.device.type == "cpu":
-            value = step.item()
-            to_x = torch.ops.aten.hardtanh_backward(gradient, x, low, high)
-        else:
-            to_x = gradient * ((x > low) & (x < high))
+        to_x = torch.ops.aten.hardtanh_backward(gradient, x, *ctx.limits)
         if not ctx.needs_input_grad[1]:
             return to_x, None, None, None, None
         # in steps: round(v) − v where x has a gradient, the outermost code where it has none
         inside = (quantized - x).mul_(to_x).sum(dtype=step.dtype)
         outside = (gradient - to_x).mul_(quantized).sum(dtype=step.dtype)
-        return to_x, (ctx.scale / value * (inside + outside)).reshape(step.shape), None, None, None
+        return to_x, (ctx.scale / step.item() * (inside + outside)).reshape(step.shape), None, None, None
 
 
 class DoReFaWeight(LatentWeight):
