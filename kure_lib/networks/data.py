@@ -59,7 +59,7 @@ class TensorSplit:
 
     def head(self, size: int | None) -> "TensorSplit":
         """The first `size` images, or all of them."""
-        return self._part(slice(size))
+        return self if size is None else self._part(slice(size))  # all of them may lie on a GPU already
 
     def parted(self, last: int) -> tuple["TensorSplit", "TensorSplit"]:
         """All but the `last` images, and these."""
