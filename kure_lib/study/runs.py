@@ -72,8 +72,9 @@ def _trained(
 ) -> tuple[Record, bytes]:
     model, trained = loop.fit(config, start, checkpoint, on_epoch)
     state = {name: v.contiguous() for name, v in model.state_dict().items()}
-    if config.kept == "float16":  # as `fit` has rounded them already
+    if config.kept == "float16":
         state = {name: v.half() if v.dim() > 1 else v for name, v in state.items()}
+        model.load_state_dict(state)  # what is kept is what the record describes
     content = safetensors.torch.save(state)
     record = Record(
         key=config.key, config=config, **trained.model_dump(), layers=_summaries(model),

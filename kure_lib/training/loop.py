@@ -67,7 +67,7 @@ def fit(
         on_epoch: Called with the number of finished epochs and the values of the last.
 
     Returns:
-        The network in evaluation mode, its weights as `config.kept` says, and its curves.
+        The network in evaluation mode, and its curves.
 
     Raises:
         KureError: The loss or a learned step diverged, or the checkpoint cannot be written or was by other code.
@@ -106,9 +106,6 @@ def fit(
             _save(checkpoint, config, epoch + 1, state, history)
             on_epoch(epoch + 1, values)
     history.steps.update(method.steps.as_numbers())
-    if config.kept == "float16":
-        for parameter in (p for p in kept.parameters() if p.dim() > 1):
-            parameter.data = parameter.data.half().float()
     return kept.eval(), history
 
 
