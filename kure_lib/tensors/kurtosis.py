@@ -64,17 +64,17 @@ def kurtoses(tensors: Sequence[Tensor], channels: int = 1) -> Tensor:
     """
     tensors = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in tensors]  # of FSDP, each rank holds a part
     kinds = {(x.device.type, x.dtype) for x in tensors}
-    served = [kind for kind in ("cpu", "cuda") if kinds in ({(kind, torch.float32)}, {(kind, torch.float64)})]
+    place, dtype = kinds.pop() if len(kinds) == 1 else ("", None)
     # FSDP frees the storage of a whole weight, which a view in numpy would forbid.
     elsewhere = torch.compiler.is_compiling() or (
         torch.distributed.is_available() and torch.distributed.is_initialized()
     )
-    dense = (x if _is_dense(x) else x.contiguous() for x in tensors)
-    if compiled and served == ["cpu"] and not elsewhere:
-        return _Kurtosis.apply(channels, *dense)
-    few = len(tensors) * sum(x.numel() for x in tensors) <= ROW * SUMS
-    if served == ["cuda"] and channels == 1 and few and not elsewhere:
-        return _OfRows.apply(*dense)
+    if dtype in (torch.float32, torch.float64) and not elsewhere:
+        dense = [x if _is_dense(x) else x.contiguous() for x in tensors]
+        if place == "cpu" and compiled:
+            return _Kurtosis.apply(channels, *dense)
+        if place == "cuda" and channels == 1 and len(dense) * sum(x.numel() for x in dense) <= ROW * SUMS:
+            return _OfRows.apply(*dense)
     return torch.cat([_by_formula(x.reshape(channels, -1)) for x in tensors])
 
 
