@@ -75,7 +75,7 @@ def _runs(planned: Plan, found: Mapping[RunConfig, Record | None], times: Mappin
     rows = [
         (run.model, run.part, run.arm, 1, bool(record), run.config.epochs, len(record.evaluations) if record else 0,
          _size(records.weights_path(run.config)), times[run.config].seconds)
-        for run in sorted(planned.runs, key=lambda run: planned.models.index(run.model))
+        for run in sorted(planned.runs, key=lambda run: planned.networks.index(run.model))
         for record in [found[run.config]]
     ]  # fmt: skip
     each = pd.DataFrame(rows, columns=columns)

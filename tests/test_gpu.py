@@ -124,7 +124,7 @@ def test_learned_steps_have_the_gradients_of_the_processor():
     x, step = torch.randn(4000), torch.tensor(0.3)
     found = []
     for place in ("cpu", "cuda"):
-        weight, learned = x.to(place).requires_grad_(), step.to(place).requires_grad_()
+        weight, learned = (each.clone().to(place).requires_grad_() for each in (x, step))
         LearnedStepQuantize.apply(weight, learned, -4, 3, 0.01).square().sum().backward()
         found.append((weight.grad.cpu(), learned.grad.cpu()))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

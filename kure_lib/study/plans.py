@@ -20,8 +20,10 @@ KURE = KureConfig()  # the paper's setting everywhere: K_T = 1.8, λ = 1
 ACTIVATION_KURE = KureConfig(of="activations")
 
 ARMS = ("pretrained", "control", "kure", "scratch", "activations")  # and those of `Recipe.contenders`
-PARTS = ("main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules", "lengths")
-ASIDE = ("tuning", "schedules", "lengths")  # parts whose arms have the names of others
+PARTS = (
+    "main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules", "lengths", "natural",
+)  # fmt: skip
+ASIDE = ("tuning", "schedules", "lengths", "natural")  # parts whose arms have the names of others
 CHOICES = ("model", "arm", "part", "seed", "target", "coefficient", "quantizer")
 FEW = 3  # evaluations that are made without a word
 COLUMNS = (
@@ -67,8 +69,14 @@ class Plan:
     runs: tuple[Planned, ...]
 
     @property
-    def models(self) -> list[str]:
+    def networks(self) -> list[str]:
+        """Every network of which there is a run."""
         return list(dict.fromkeys(run.model for run in self.runs))
+
+    @property
+    def models(self) -> list[str]:
+        """The networks that every notebook measures: those with runs of the part `main`."""
+        return list(dict.fromkeys(run.model for run in self.runs if run.part == "main"))
 
     def quantizers(self, model: str) -> list[str]:
         """Those that networks of this architecture are trained with."""
@@ -78,7 +86,7 @@ class Plan:
         """The runs that agree with every choice given, in the order of the choices, then of the plan.
 
         Each choice is one value or a list of them. With `arm="kure"` K_T is 1.8 and λ is 1 unless chosen; runs of
-        tuning, of other schedules and of other lengths are selected only by their `part`.
+        tuning, of other schedules and lengths, and on natural images are selected only by their `part`.
 
         Args:
             **wanted: Any of model, arm, part, seed, target (K_T), coefficient (λ) and quantizer; the quantizer is that
@@ -109,7 +117,7 @@ class Plan:
         """The values that choices may have; arms and quantizers are those of all profiles, as this may lack some."""
         recipes = [recipe for recipes in PROFILES.values() for recipe in recipes]
         return {
-            "model": self.models,
+            "model": self.networks,
             "arm": list(dict.fromkeys([*ARMS, *(c.arm for recipe in recipes for c in recipe.contenders)])),
             "part": list(PARTS),
             "seed": sorted({run.seed for run in self.runs}),
@@ -124,7 +132,7 @@ class Plan:
         def place(run: Planned) -> tuple:
             kure = run.config.regularizer
             strength = (kure.target, kure.coefficient) if kure else (0, 0)
-            return self.models.index(run.model), ARMS.index(run.arm), *strength, run.seed
+            return self.networks.index(run.model), ARMS.index(run.arm), *strength, run.seed
 
         return Plan(self.profile, tuple(sorted(chosen, key=place)))
 
@@ -183,7 +191,7 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
 
     if seed >= recipe.seeds:
         return []
-    result = main_arms("main", recipe.pretraining)
+    result = main_arms(recipe.part, recipe.pretraining)
     start = {"start": result[0].config}
     if seed < recipe.sweep_seeds:
         for target in recipe.targets:

@@ -35,12 +35,14 @@ class Recipe:
     as `fine_tuning` does, but for what `quantized_tuning` says. `contenders` are fine-tuned with `rival_seeds`, and
     where `held_out` is not zero also tuned, on that many images held out; `schedules` are other learning rates for
     control and KURE, with `schedule_seeds`; `lengths` are other numbers of epochs of pre-training for the three main
-    arms, with `length_seeds`.
+    arms, with `length_seeds`. `part` is that of the three main arms: `main`, or `natural` for a network on natural
+    images, which has a notebook of its own.
     """
 
     model: str
     pretraining: dict
     fine_tuning: dict
+    part: str = "main"
     seeds: int = 1
     sweep_seeds: int = 1
     targets: tuple[float, ...] = ()
@@ -102,8 +104,8 @@ def _tiny_imagenet(model: str, **sweeps: Any) -> Recipe:
     )
 
 
-#: They belong to `study`, but notebooks are executed from its records, and these need a GPU and are not made yet: until
-#: then they have a profile of their own. Once they are, move the records to `study` and add `*LARGE` to its recipes.
+#: Of these `study` has what is made, as its part `natural`. The rest needs a GPU: until it is made, with every evaluation
+#: that the notebooks read, it has a profile of its own. Then `*LARGE` takes the place of `NATURAL` among its recipes.
 LARGE = (
     _tiny_imagenet(
         "resnet18",
@@ -114,6 +116,7 @@ LARGE = (
     ),
     _tiny_imagenet("mobilenet_v2"),
 )
+NATURAL = _tiny_imagenet("resnet18", part="natural", lengths=(6, 12), length_seeds=1)
 
 CONTENDERS = (
     Contender("l2", decay=25),
@@ -160,6 +163,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
               contenders=ONCE_DIFFERENTIABLE, rival_seeds=1,
               quantizers=(("dorefa 4/8", 1), ("lsq 4/8", 1))),
+        NATURAL,
     ),
     "imagenet": (
         _imagenet("resnet18", 256, 83, targets=(3.0, 4.0, 6.0), coefficients=(0.1,)),
@@ -185,6 +189,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "14": {"seeds": [1], "bits": [4, 2], "images": 500},
         "15": {"weight_bits": [3], "calibration": 32},
         "16": {"images": 32, "shown": 200},
+        "17": {"bits_shown": [3, 2]},
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64},
@@ -215,4 +220,5 @@ NEEDS = {
     "14": {"main"},
     "15": {"main", "target", "coefficient", "scratch"},
     "16": {"main"},
+    "17": {"main", "natural", "lengths"},
 }

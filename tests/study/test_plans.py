@@ -24,7 +24,7 @@ def test_the_profiles_have_the_runs_of_the_design():
     assert counts == {
         "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2 + 3,
         "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1) + (3 * 3 + 4 + 2 * 2 + 9) + rivals,
+        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1) + (3 * 3 + 4 + 2 * 2 + 9) + rivals + (3 * 3 + 2 * 3),
         "imagenet": 3 * 3 + (3 + 1),
         "large": (3 * 3 + 4 + 2 * 2 * 3 + 3 * 3) + 3 * 3,
     }
@@ -89,7 +89,7 @@ def test_other_lengths_of_pretraining_repeat_the_main_arms(monkeypatch):
     """Their keys are those under which the runs were trained."""
     small, *others = PROFILES["study"]
     monkeypatch.setitem(PROFILES, "study", (replace(small, lengths=(60,), length_seeds=2), *others))
-    longer = plan("study").select(part="lengths")
+    longer = plan("study").select(part="lengths", model="resnet20")
     assert [(run.arm, run.seed, run.config.key) for run in longer] == [
         ("pretrained", 0, "01c6ab978a"), ("control", 0, "dc85e733e0"), ("kure", 0, "656d4e1a10"),
         ("pretrained", 1, "255ee88083"), ("control", 1, "3746e049f4"), ("kure", 1, "c473248f57"),
@@ -106,22 +106,32 @@ def test_profiles_differ_in_scale():
     assert all(run.config.train_size == 2048 for run in plan("smoke").runs)
     for profile in ("quick", "study"):
         whole = [run.config for run in plan(profile).runs if run.part != "tuning"]
-        assert all(config.train_size is None and config.data == "fashion_mnist" for config in whole)
+        assert all(config.train_size is None for config in whole)
+        on_clothes = [run for run in plan(profile).runs if run.model != "resnet18"]
+        assert {run.config.data for run in on_clothes} == {"fashion_mnist"}
     for run in plan("imagenet").runs:
         pretraining = run.config.start or run.config
         assert pretraining.pretrained and pretraining.epochs == 0 and run.config.data == "imagenet"
         assert (run.config.learning_rate, run.config.decay_every) == (1e-3, 30)
 
 
-def test_the_large_profile_trains_torchvisions_networks_on_tiny_imagenet_and_no_notebook_reads_it():
+def test_the_study_has_the_large_profiles_resnet_as_a_part_that_is_asked_for_by_name():
+    large = {run.config for run in plan("large").runs}
+    natural = [run for run in plan("study").runs if run.config.data == "tiny_imagenet"]
+    assert {run.config for run in natural} <= large
+    assert [run.config.epochs for run in natural if run.part == "natural" and run.arm == "pretrained"] == [24] * 3
+    assert [run.config.epochs for run in natural if run.part == "lengths" and run.arm == "pretrained"] == [6, 12]
+    assert plan("study").networks == [*plan("study").models, "resnet18"]
+    assert not set(plan("study").select(arm=["control", "kure"])) & set(natural)
+
+
+def test_the_large_profile_trains_torchvisions_networks_on_tiny_imagenet():
     for run in (run for run in plan("large").runs if run.part != "lengths"):
         recipe = (run.config.epochs, run.config.learning_rate, run.config.weight_decay, run.config.batch_size)
         assert recipe == ((5, 0.04, 2e-4, 256) if run.config.start else (24, 0.2, 2e-4, 256))
         assert run.config.data == "tiny_imagenet" and run.config.momentum == 0.9 and not run.config.pretrained
         assert run.config.kept == "float16", "of ten times the size"
     assert plan("large").models == ["resnet18", "mobilenet_v2"]
-    study = {run.config for run in plan("study").runs}
-    assert study.isdisjoint(run.config for run in plan("large").runs)
 
 
 def test_an_unknown_profile_is_told_the_known_ones():
