@@ -21,7 +21,8 @@ ACTIVATION_KURE = KureConfig(of="activations")
 
 ARMS = ("pretrained", "control", "kure", "scratch", "activations")  # and those of `Recipe.contenders`
 PARTS = (
-    "main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules", "lengths", "natural",
+    "main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules", "lengths",
+    "natural",
 )  # fmt: skip
 ASIDE = ("tuning", "schedules", "lengths", "natural")  # parts whose arms have the names of others
 CHOICES = ("model", "arm", "part", "seed", "target", "coefficient", "quantizer")

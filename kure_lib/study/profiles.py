@@ -104,8 +104,8 @@ def _tiny_imagenet(model: str, **sweeps: Any) -> Recipe:
     )
 
 
-#: Of these `study` has what is made, as its part `natural`. The rest needs a GPU: until it is made, with every evaluation
-#: that the notebooks read, it has a profile of its own. Then `*LARGE` takes the place of `NATURAL` among its recipes.
+#: Of these `study` has what is made, as its part `natural`. The rest needs a GPU: until it is made, with every
+#: evaluation that the notebooks read, it has a profile of its own. Then `*LARGE` takes the place of `NATURAL` there.
 LARGE = (
     _tiny_imagenet(
         "resnet18",
