@@ -1,21 +1,17 @@
 """What a test cuts of the profile `imagenet`, so that two cores finish it in minutes; its plan is the real one."""
 
 from kure_lib.networks import device
-from kure_lib.quantization import calibration, lapq
+from kure_lib.quantization import calibration
 from kure_lib.study import profiles
 
 FEW = 2
 IMAGES = {"train_size": FEW, "batch_size": FEW}  # a network is trained on so many, and tested on as many
-SEARCH = 10  # evaluations of the loss by LAPQ
+CUT = {
+    "calibration": FEW, "image_count": FEW, "images": FEW, "shown": FEW, "search": 10, "searched": [4], "ratios": [1.0],
+}  # fmt: skip
 PARAMETERS = {
-    **profiles.PARAMETERS["smoke"],
-    "02": {"image_count": FEW},
-    "06": {"points": 3, "calibration": FEW},
-    "07": {"settings": "3/FP", "calibration": FEW},
-    "12": {"seeds": [1], "bits": [4, 2], "ratios": [1.0], "searched": [4], "calibration": FEW},
-    "13": {"settings": "3/FP", "calibration": FEW},
-    "14": {"seeds": [1], "bits": [4, 2], "images": FEW},
-    "16": {"images": FEW, "shown": FEW},
+    number: {name: CUT.get(name, value) for name, value in parameters.items()}
+    for number, parameters in profiles.PARAMETERS["smoke"].items()
 }
 
 
@@ -26,9 +22,8 @@ def recipes(networks: int) -> tuple[profiles.Recipe, ...]:
 
 
 def apply(networks: int) -> None:
-    """Cut the profile in this process, which is a kernel's; calibration, search and reading are cut as well."""
+    """Cut the profile in this process, which is a kernel's; calibration and reading are cut as well."""
     profiles.PROFILES["imagenet"] = recipes(networks)
     images = calibration.images
     calibration.images = lambda name, size=FEW: images(name, min(size, FEW))
-    lapq.loss_aware_steps.__defaults__ = (SEARCH,)
     device.cores = lambda: 1  # processes that read images: more take longer to start than to read

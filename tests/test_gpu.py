@@ -134,8 +134,8 @@ def test_loss_aware_steps_find_a_lower_loss(split):
     torch.manual_seed(0)
     model = models.build("resnet20", 3, 10).cuda().eval()
     images, labels = next(split.batches(128, place=device.device()))
-    spec = QuantizationSpec(weight_bits=2, step_rule="lapq", calibration=128)
-    found = loss_aware_steps(model, images, labels, spec, evaluations=60)
+    spec = QuantizationSpec(weight_bits=2, step_rule="lapq", calibration=128, search=60)
+    found = loss_aware_steps(model, images, labels, spec)
     losses = []
     for steps in (None, found):
         with quantized(model, weight_bits=2, steps=steps) as view, torch.no_grad():

@@ -18,26 +18,25 @@ from kure_lib.networks import device
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration, view
-from kure_lib.quantization.spec import QuantizationSpec
+from kure_lib.quantization.spec import SEARCH, QuantizationSpec
 
 NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)  # p of the starts
-EVALUATIONS = 400  # of the loss, in all, that Powell's method may use
 REACH = 1.0  # octaves by which it may move a step in either direction
 KEPT = 2**24  # values of a block's output that are worth their memory
 
 
-def loss_aware_steps(
-    model: nn.Module, images: Tensor, labels: Tensor, spec: QuantizationSpec, evaluations: int = EVALUATIONS
-) -> dict[str, Tensor]:
+def loss_aware_steps(model: nn.Module, images: Tensor, labels: Tensor, spec: QuantizationSpec) -> dict[str, Tensor]:
     """A step for every layer and activation site that `spec` quantizes, by name: scalar tensors, before any ratio.
 
     Three stages, all on the cross-entropy of `images` [N, C, H, W] and `labels` [N]: per layer the step of least
     p-norm of the error for several p; a parabola through the losses of these starts, whose lowest point gives
-    another p; Powell's method from the best of them over all steps together, at most `evaluations` times the
+    another p; Powell's method from the best of them over all steps together, at most `spec.search` times the
     loss. Raises `KureError` as `view.quantized` does.
     """
     if not len(images):
         raise KureError("The calibration set is empty: give at least one image.")
+    if spec.search is None:
+        raise KureError(f"LAPQ needs a specification of its own: give step_rule='lapq', and search={SEARCH} or less.")
     plain = QuantizationSpec(weight_bits=spec.weight_bits, activation_bits=spec.activation_bits, grid=spec.grid)
     layers = quantized_layers(model) if plain.weight_bits else {}
     observed = calibration.observe(model, images) if plain.activation_bits else {}
@@ -51,7 +50,7 @@ def loss_aware_steps(
     with (
         view.quantized(model, plain, images, steps=steps),
         _remembering(model, steps),
-        progress.bar(len(NORMS) + 1 + evaluations, "LAPQ", "loss") as bar,
+        progress.bar(len(NORMS) + 1 + spec.search, "LAPQ", "loss") as bar,
     ):
 
         def loss_at(values: dict[str, float]) -> float:
@@ -79,7 +78,7 @@ def loss_aware_steps(
 
         minimize(
             moved, best_octaves, method="Powell", bounds=[(-REACH, REACH)] * len(best),
-            options={"maxfev": evaluations, "xtol": 0.05, "ftol": 1e-4},
+            options={"maxfev": spec.search, "xtol": 0.05, "ftol": 1e-4},
         )  # fmt: skip
     return {name: torch.tensor(value * 2**o, dtype=torch.float32)
             for (name, value), o in zip(best.items(), best_octaves, strict=True)}  # fmt: skip

@@ -18,6 +18,7 @@ from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, Bits, Codebook, Format,
 from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule, per_block
 
 IMAGES = 512  # training images to calibrate with, as many as the paper's authors take
+SEARCH = 400  # evaluations of the loss, in all, that LAPQ's search may use
 TRAINED_RULES = ("dorefa", "lsq")  # the quantizer that quantization-aware training left (see `training.qat`)
 
 #: Ways in which weights lose bits when they are made from an 8-bit copy. `step` chooses a new step of least squared
@@ -50,6 +51,7 @@ class QuantizationSpec(BaseModel):
         reestimate_batch_norm: Whether batch-norm statistics are taken anew from the quantized network; "means" or
             "variances" alone, where the others stay.
         calibration: Number of training images from which activations, statistics and LAPQ's steps are learned.
+        search: Number of evaluations of the loss that LAPQ's search may use; None for all other step rules.
         rounding: How weights lose bits when they are made from an 8-bit copy instead of the network's own.
 
     >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
@@ -70,21 +72,26 @@ class QuantizationSpec(BaseModel):
     fold_batch_norm: bool = False
     reestimate_batch_norm: bool | Literal["means", "variances"] = False
     calibration: int | None = Field(None, ge=1)
+    search: int | None = Field(None, ge=1)
     rounding: str | None = None
 
     @model_validator(mode="wrap")
     @classmethod
     def _name_calibration(cls, fields: Any, validate: Validate) -> "QuantizationSpec":
-        """Where calibration images are needed, how many of them are taken stands in the key."""
+        """Where calibration images are needed, how many of them are taken is filled in, and LAPQ's search likewise."""
         rule = fields.get("step_rule")
-        needed = fields.get("activation_bits") or fields.get("reestimate_batch_norm") or rule == "lapq"
+        searched = {"calibration": IMAGES, "search": SEARCH} if rule == "lapq" else {}
+        needed = fields.get("activation_bits") or fields.get("reestimate_batch_norm")
+        calibrated = {"calibration": IMAGES} if needed and rule not in TRAINED_RULES else {}
         try:
-            return validate({"calibration": IMAGES, **fields} if needed and rule not in TRAINED_RULES else fields)
+            return validate({**calibrated, **searched, **fields})
         except ValidationError as error:
             raise refusal("A specification", error) from None
 
     @model_validator(mode="after")
     def _check(self) -> "QuantizationSpec":
+        if self.search is not None and self.step_rule != "lapq":
+            raise KureError(f"Only LAPQ searches: leave search={self.search} out, or take step_rule='lapq'.")
         if self.rounding:
             check_known("rounding", self.rounding, ROUNDINGS)
             self._allow_only(
@@ -138,6 +145,8 @@ class QuantizationSpec(BaseModel):
     def key(self) -> str:
         """The fields that are not at their defaults, as JSON: the name of the evaluation in its record."""
         fields = self.model_dump(exclude_defaults=True)
+        if self.search == SEARCH:  # the default of LAPQ
+            del fields["search"]
         renamed = {_KEY_NAMES.get(name, name): value for name, value in fields.items() if name != "scope"}
         if "grid" in fields:
             renamed["grid"] = self.grid.name

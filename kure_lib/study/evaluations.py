@@ -37,6 +37,7 @@ COLUMNS = {
     "fold_batch_norm": "Whether batch norms were folded into the convolutions first.",
     "reestimate_batch_norm": "Whether batch-norm statistics were taken anew from the quantized network, or which.",
     "calibration": "Number of training images that steps or statistics were learned from.",
+    "search": "Number of evaluations of the loss that the search by `lapq` could use.",
     "rounding": "How weights lost bits when they were made from an 8-bit copy.",
     "top1": "Top-1 accuracy, percent.",
     "loss": "Mean cross-entropy, nats.",
@@ -59,7 +60,7 @@ def table(profile: str) -> pd.DataFrame:
                 spec = QuantizationSpec.named(key)
                 named = {"grid": spec.grid.name, "scope": str(spec.scope)}
                 rows.append(about | dict(spec) | named | evaluation._asdict())
-    whole = dict.fromkeys(("weight_bits", "activation_bits", "calibration"), "Int64")
+    whole = dict.fromkeys(("weight_bits", "activation_bits", "calibration", "search"), "Int64")
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(whole)
 
 

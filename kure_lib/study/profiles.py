@@ -178,16 +178,16 @@ ONLY_TRAINED = ("large",)  # profiles without notebooks
 #: Parameters of notebooks, other than the profile, that a profile changes.
 PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
-        "00": {"weight_bits": [3], "calibration_size": 32},
+        "00": {"weight_bits": [3], "calibration_size": 32, "search": 30},
         "02": {"image_count": 50},
-        "06": {"points": 3, "calibration": 32},
-        "07": {"settings": "3/FP", "calibration": 32},
+        "06": {"points": 3, "calibration": 32, "search": 30},
+        "07": {"settings": "3/FP", "calibration": 32, "search": 30},
         "09": {"points": 3},
         "11": {"rows": 128},
-        "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32},
-        "13": {"settings": "3/FP", "calibration": 32},
+        "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32, "search": 30},
+        "13": {"settings": "3/FP", "calibration": 32, "search": 30},
         "14": {"seeds": [1], "bits": [4, 2], "images": 500},
-        "15": {"weight_bits": [3], "calibration": 32},
+        "15": {"weight_bits": [3], "calibration": 32, "search": 30},
         "16": {"images": 32, "shown": 200},
         "17": {"bits_shown": [3, 2]},
     },

@@ -339,6 +339,19 @@ def test_tiny_imagenet_is_read_as_its_authors_ship_it(small):
     assert train.fingerprint == digest.hexdigest()
 
 
+def test_statistics_from_counts_are_those_of_sums_over_all_pixels_bit_for_bit():
+    """Records were made on images normalized by sums in float64, which are exact: all squares are whole."""
+    images = torch.randint(256, (37, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[:, 1] = images[:, 1].clamp(max=200)
+    pixels = images.permute(0, 2, 3, 1).flatten(0, 2).double()
+    mean = pixels.sum(0) / len(pixels)
+    std = ((pixels.square().sum(0) / len(pixels) - mean**2) * len(pixels) / (len(pixels) - 1)).sqrt()
+    for chunk in (1000, 2**20):
+        found = data._statistics(images.contiguous(memory_format=torch.channels_last), chunk)
+        for wanted, got in zip((mean, std), found, strict=True):
+            assert got.shape == (1, 3, 1, 1) and torch.equal(got.flatten(), wanted.float())
+
+
 def test_a_cached_tensor_is_used_again_and_a_damaged_one_is_not(small, tmp_path, monkeypatch):
     wanted = data.load("tiny_imagenet", "train").images.clone()
     opened = []

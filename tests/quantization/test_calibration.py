@@ -13,7 +13,7 @@ from kure_lib.networks import activations, device, models
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration, lapq, view
-from kure_lib.quantization.spec import QuantizationSpec
+from kure_lib.quantization.spec import SEARCH, QuantizationSpec
 from kure_lib.quantization.view import quantized
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.steps import best_step
@@ -226,8 +226,9 @@ def test_the_lowest_point_of_a_parabola():
     assert lapq.lowest_point(p, np.array([1.0, 2.0, 2.5, 2.0, 0.5])) == 4.0  # no valley
 
 
-def lapq_spec(weight_bits, activation_bits):
-    return QuantizationSpec(step_rule="lapq", weight_bits=weight_bits, activation_bits=activation_bits)
+def lapq_spec(weight_bits, activation_bits, search=SEARCH):
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    return QuantizationSpec(step_rule="lapq", search=search, **bits)
 
 
 def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(images):
@@ -235,7 +236,7 @@ def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(images
     network = models.build("resnet20", 1, 10).eval()
     batch, labels = images
     labels = network(batch).argmax(1)  # a task at which full precision is best
-    found = lapq.loss_aware_steps(network, batch, labels, lapq_spec(3, 3), evaluations=60)
+    found = lapq.loss_aware_steps(network, batch, labels, lapq_spec(3, 3, search=60))
     assert found.keys() == {*quantized_layers(network), *activations.quantized_sites(network, batch)}
 
     def loss(steps=None, rule="mse"):
@@ -244,7 +245,7 @@ def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(images
             return nn.functional.cross_entropy(network(batch).float(), labels).item()
 
     assert loss(found) <= min(loss(rule=f"lp:{p}") for p in lapq.NORMS) + 1e-4
-    again = lapq.loss_aware_steps(network, batch, labels, lapq_spec(3, 3), evaluations=60)
+    again = lapq.loss_aware_steps(network, batch, labels, lapq_spec(3, 3, search=60))
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
@@ -258,11 +259,11 @@ def test_remembering_blocks_spares_work_and_finds_the_same(network, images, monk
     inner = next(module for module in next(iter(blocks.values())).modules() if isinstance(module, nn.Conv2d))
     inner.register_forward_hook(lambda *_: forwards.append("computed"))
 
-    found = lapq.loss_aware_steps(network, *images, lapq_spec(*bits), evaluations=40)
+    found = lapq.loss_aware_steps(network, *images, lapq_spec(*bits, search=40))
     spared = forwards.count("asked") - forwards.count("computed")
     forwards.clear()
     monkeypatch.setattr(lapq, "KEPT", 0)  # nothing is worth remembering
-    again = lapq.loss_aware_steps(network, *images, lapq_spec(*bits), evaluations=40)
+    again = lapq.loss_aware_steps(network, *images, lapq_spec(*bits, search=40))
     assert forwards.count("asked") == forwards.count("computed")
     assert spared > 20
     assert found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
@@ -272,7 +273,7 @@ def test_remembering_blocks_spares_work_and_finds_the_same(network, images, monk
 def test_a_search_that_fails_leaves_the_network_as_it_was(network, images):
     before, labels = state(network), torch.full((64,), 99)  # no such class
     with pytest.raises((IndexError, RuntimeError)):
-        lapq.loss_aware_steps(network, images[0], labels, lapq_spec(4, 4), evaluations=5)
+        lapq.loss_aware_steps(network, images[0], labels, lapq_spec(4, 4, search=5))
     assert same_weights(before, state(network))
     assert not any("forward" in vars(module) or module._forward_hooks for module in network.modules())
 
@@ -286,17 +287,20 @@ def test_the_search_keeps_to_its_budget_and_says_how_far_it_is(network, images, 
             super().__init__(**options | {"disable": False, "file": io.StringIO()})
 
     monkeypatch.setattr(progress, "tqdm", Bar)
-    lapq.loss_aware_steps(network, *images, lapq_spec(4, None), evaluations=30)
+    lapq.loss_aware_steps(network, *images, lapq_spec(4, None, search=30))
     (bar,) = bars
     assert bar.desc == "LAPQ" and bar.unit == "loss"
     assert len(lapq.NORMS) < bar.n <= bar.total + 1 == len(lapq.NORMS) + 32
 
 
-def test_a_search_without_images_or_bits_is_an_error(network, images):
+def test_a_search_without_images_bits_or_a_budget_is_an_error(network, images):
     with pytest.raises(KureError, match="calibration set is empty"):
         lapq.loss_aware_steps(network, images[0][:0], images[1][:0], lapq_spec(4, 4))
     with pytest.raises(KureError, match="something to quantize"):
         lapq.loss_aware_steps(network, *images, lapq_spec(None, None))
+    for spec in (QuantizationSpec(weight_bits=4), lapq_spec(4, None, search=None)):
+        with pytest.raises(KureError, match="LAPQ needs a specification of its own"):
+            lapq.loss_aware_steps(network, *images, spec)
 
 
 def test_weights_that_cannot_be_quantized_name_their_layer(network, images):

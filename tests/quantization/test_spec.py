@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kure_lib.paths import ROOT, KureError
-from kure_lib.quantization.spec import IMAGES, PIPELINES, ROUNDINGS, QuantizationSpec
+from kure_lib.quantization.spec import IMAGES, PIPELINES, ROUNDINGS, SEARCH, QuantizationSpec
 from kure_lib.tensors.grids import FP4_E2M1, MID_TREAD, SIGNED_INT, Bits
 from kure_lib.tensors.steps import PER_CHANNEL, per_block
 
@@ -41,6 +41,16 @@ def test_what_needs_calibration_images_names_their_number():
     assert QuantizationSpec(step_rule="lsq", weight_bits=4, activation_bits=4).calibration is None
 
 
+def test_only_lapq_names_how_long_it_searches_and_the_usual_length_is_not_in_the_key():
+    assert QuantizationSpec(weight_bits=4).search is None
+    usual, short = QuantizationSpec(weight_bits=4, step_rule="lapq"), {"weight_bits": 4, "method": "lapq", "search": 30}
+    assert usual == QuantizationSpec(weight_bits=4, step_rule="lapq", search=400) and usual.search == SEARCH == 400
+    assert json.loads(usual.key) == {"weight_bits": 4, "method": "lapq", "calibration": IMAGES}
+    spec = QuantizationSpec(weight_bits=4, step_rule="lapq", search=30)
+    assert json.loads(spec.key) == short | {"calibration": IMAGES}
+    assert QuantizationSpec.named(spec.key) == spec and QuantizationSpec.named(usual.key) == usual
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
     spec = QuantizationSpec(**STORED | {"rounding": rounding, "scope": PER_CHANNEL}, reestimate_batch_norm=True)
@@ -60,6 +70,9 @@ def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
         ({"step_ratio": float("inf")}, "step_ratio=inf"),
         ({"activation_ratio": -1}, "activation_ratio=-1"),
         ({"calibration": 0}, "calibration=0"),
+        ({"step_rule": "lapq", "weight_bits": 4, "search": 0}, "search=0"),
+        ({"weight_bits": 4, "search": 30}, "Only LAPQ searches: leave search=30 out"),
+        ({"step_rule": "lsq", "weight_bits": 4, "search": 30}, "Only LAPQ searches: leave search=30 out"),
         ({"step_rule": "dorefa", "weight_bits": 4, "scope": PER_CHANNEL}, "by dorefa cannot take scope"),
         ({"step_rule": "lsq", "weight_bits": 4, "power_of_two": True}, "by lsq cannot take power_of_two"),
         (STORED | {"rounding": "odd"}, "rounding 'odd': choose one of step, even"),
