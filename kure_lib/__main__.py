@@ -47,6 +47,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NN", help="these notebooks only, as in --only 05 07")
     parser.add_argument("--fresh", action="store_true", help="ignore what is on record, train it anew")
     parser.add_argument("--jobs", type=_positive, metavar="N", help="train N networks at the same time")
+    parser.add_argument("--gpus-per-run", type=_positive, metavar="N", help="let N GPUs of this machine share every "
+                        "run and each of its batches")  # fmt: skip
     parser.add_argument("--open", action="store_true", help="show the site in a browser when it is built")
     parser.add_argument("--cluster", metavar="ADDRESS", help="train on a Ray cluster: its address, or auto for the one "
                         "that this machine is part of")  # fmt: skip
@@ -118,6 +120,8 @@ def _run(asked: argparse.Namespace) -> int:
     from kure_lib import paths
 
     paths.use_profile(asked.profile)
+    if asked.gpus_per_run:
+        paths.use_gpus_per_run(asked.gpus_per_run)
     try:
         if asked.lab is not None:
             lab(asked.lab, asked.options)
@@ -245,7 +249,7 @@ def _python(*command: str, **variables: str) -> int:
     """Run Python in the study's folder, without the caller's results, profile and check mode."""
     from kure_lib import notebooks, paths
 
-    ambient = {"KURE_RESULTS", "KURE_PROFILE", "KURE_CHECK"}
+    ambient = {"KURE_RESULTS", "KURE_PROFILE", "KURE_CHECK", "KURE_GPUS_PER_RUN"}
     inherited = {name: value for name, value in os.environ.items() if name not in ambient}
     flags = dict.fromkeys(("OMP_NUM_THREADS", "PYDEVD_DISABLE_FILE_VALIDATION", "PYTHONDONTWRITEBYTECODE"), "1")
     environment = {**inherited, **flags, "MPLBACKEND": "agg", **variables}

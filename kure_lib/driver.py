@@ -176,7 +176,8 @@ def _seconds_per_image() -> Mapping[str, Mapping[tuple, list[float]]]:
 def _kind(config: RunConfig, precision: str) -> tuple[Any, ...]:
     """What an epoch's time depends on, beside the number of images."""
     kure, qat, rival = config.regularizer, config.quantization, config.rival
-    return config.model, config.data, precision, kure and kure.of, qat and qat.quantizer, rival and rival.name
+    method = kure and kure.of, qat and qat.quantizer, rival and rival.name
+    return config.model, config.data, precision, config.replicas, *method
 
 
 def _images(config: RunConfig) -> int:
@@ -184,13 +185,19 @@ def _images(config: RunConfig) -> int:
 
 
 def workers() -> int:
-    """How many runs are trained at once: one for each GPU, else one for each core."""
-    return len(device.gpus()) or device.cores()
+    """How many runs are trained at once: one for each GPU, or for so many as share a run, else one for each core."""
+    return len(_groups()) or device.cores()
+
+
+def _groups() -> list[str]:
+    """The GPUs in groups that share a run, each as `CUDA_VISIBLE_DEVICES` names it; none if there are too few."""
+    gpus, each = device.gpus(), paths.gpus_per_run()
+    return [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
 
 
 def _places(jobs: int) -> list[dict[str, str]]:
     """The environment of every worker: they take turns with the GPUs, where there are any."""
-    gpus = device.gpus()
+    gpus = _groups()
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(jobs)]
 
 
@@ -204,6 +211,10 @@ def train(planned: Plan, jobs: int | None = None, cluster: str | None = None) ->
     missing = {records.run_name(config): config for config in _missing(planned)}
     if not missing:
         return
+    if (each := paths.gpus_per_run()) > 1 and (cluster or not _groups()):
+        reason = "a cluster gives one to each run" if cluster else f"PyTorch sees {len(device.gpus())}"
+        raise KureError(f"--gpus-per-run {each} needs {each} GPUs of this machine, and {reason}: leave it out, or give "
+                        "a number that is there, without --cluster.")  # fmt: skip
     seen: dict[str, int] = {}
     held: dict[str, ExitStack] = {}  # the locks of the runs that have begun
     total = sum(config.epochs for config in missing.values())

@@ -1,8 +1,9 @@
 """Folders, the ambient profile, and the error that a user can mend.
 
 Environment variables steer this module, read at the time of asking and inherited by child processes: `KURE_RESULTS`
-moves the results, `KURE_CACHE` the unpacked data, `KURE_PROFILE` holds the ambient profile, and `KURE_CHECK=1` is check
-mode: nothing under `results/` is written, and what a notebook makes must agree with the committed file.
+moves the results, `KURE_CACHE` the unpacked data, `KURE_PROFILE` holds the ambient profile, `KURE_GPUS_PER_RUN` the
+number of GPUs that share a run, and `KURE_CHECK=1` is check mode: nothing under `results/` is written, and what a
+notebook makes must agree with the committed file.
 """
 
 import os
@@ -69,6 +70,19 @@ def use_profile(name: str) -> None:
 def profile() -> str:
     """The ambient profile, "quick" unless `use_profile` has set another."""
     return _plain(os.environ.get("KURE_PROFILE") or "quick")
+
+
+def use_gpus_per_run(count: int) -> None:
+    """Let every run of a plan be trained on so many GPUs, in this process and those it starts."""
+    os.environ["KURE_GPUS_PER_RUN"] = str(count)
+
+
+def gpus_per_run() -> int:
+    """How many GPUs share a run: one unless `use_gpus_per_run` or the user has said another number."""
+    said = os.environ.get("KURE_GPUS_PER_RUN") or "1"
+    if not re.fullmatch(r"[1-9][0-9]*", said):
+        raise KureError(f"KURE_GPUS_PER_RUN cannot be {said!r}: give a whole number above 0.")
+    return int(said)
 
 
 def _plain(name: str) -> str:

@@ -39,6 +39,7 @@ PATIENCE = 300  # seconds; a busy machine is slow to start Python, torch and a k
         (["--profile", "huge"], ["huge", "smoke", "quick", "study", "imagenet", "large"]),
         (["--profil", "quick"], ["--profil"]),
         (["--jobs", "0"], ["'0'", "above 0"]),
+        (["--gpus-per-run", "0"], ["'0'", "above 0"]),
         (["--faults", "0"], ["'0'", "above 0"]),
         (["--on\nly"], ["--on ly"]),
         (["--list", "--test"], ["--list", "--test"]),

@@ -172,6 +172,30 @@ def test_workers_take_turns_with_the_gpus(monkeypatch):
     assert driver._places(2) == [{}, {}] and driver.workers() == device.cores()
 
 
+def test_runs_that_share_gpus_take_turns_with_groups_of_them(monkeypatch):
+    monkeypatch.setenv("KURE_GPUS_PER_RUN", "2")
+    monkeypatch.setattr(device, "gpus", lambda: ["0", "1", "GPU-8a", "3", "4"])
+    assert driver.workers() == 2
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in driver._places(3)] == ["0,1", "GPU-8a,3", "0,1"]
+    runs = plan("quick").runs
+    assert {run.config.replicas for run in runs} == {2}
+    monkeypatch.delenv("KURE_GPUS_PER_RUN")
+    assert not {run.config.key for run in runs} & {run.config.key for run in plan("quick").runs}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "said"),
+    [([], {}, "2 GPUs of this machine, and PyTorch sees 0"), (["4"], {}, "PyTorch sees 1"),
+     (["0", "1"], {"cluster": "auto"}, "a cluster gives one to each run")],
+)  # fmt: skip
+def test_more_gpus_for_a_run_than_there_are_is_one_sentence(results_folder, monkeypatch, gpus, options, said):
+    monkeypatch.setenv("KURE_GPUS_PER_RUN", "2")
+    monkeypatch.setattr(device, "gpus", lambda: gpus)
+    with pytest.raises(KureError, match=said) as error:
+        driver.train(plan("quick"), **options)
+    assert str(error.value).startswith("--gpus-per-run 2 needs") and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(("said", "threads"), [(None, "3"), ("1", "1")])
 def test_notebooks_take_turns_with_the_gpus_and_share_the_cores(monkeypatch, said, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

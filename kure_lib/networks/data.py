@@ -28,6 +28,7 @@ from kure_lib.paths import DATA, KureError, check_known
 SHIFT = 2  # pixels by which a training image of up to 32 × 32 is moved at most, in each direction
 LARGE_SHIFT = 4  # and one of 64 × 64
 PROCESSOR = torch.device("cpu")
+WHOLE = (0, 1)  # the first of one part
 RESIDENT = 2**31  # bytes of images that a GPU holds throughout: Tiny ImageNet's are 1.2 GB
 CROP = 224  # pixels a side of the images of a folder
 HELD = 2**33  # bytes of decoded images that are kept: ImageNet's validation images are 7.5 GB
@@ -70,12 +71,17 @@ class TensorSplit:
         return TensorSplit(self.images[part], self.labels[part], self.classes, self.mean, self.std, self.shift)
 
     def batches(
-        self, size: int, generator: torch.Generator | None = None, place: torch.device = PROCESSOR
+        self,
+        size: int,
+        generator: torch.Generator | None = None,
+        place: torch.device = PROCESSOR,
+        part: tuple[int, int] = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float32 images and their labels; with a generator in random order, flipped and shifted.
 
         Only full batches are used for training, so that every batch norm sees as many images. On a GPU, `place`, all
-        images lie where they fit, and are augmented and normalized there, by the same random numbers.
+        images lie where they fit, and are augmented and normalized there, by the same random numbers. Of every batch
+        the `part` is handed out, such as (1, 4) for the second quarter.
         """
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         end = len(self) if generator is None else len(self) - len(self) % size
@@ -85,6 +91,7 @@ class TensorSplit:
             index = order[start : start + size]
             batch = images[index].to(place, non_blocking=True)
             batch = batch if generator is None else augment(batch, generator, self.shift)
+            batch, index = _own(batch, part), _own(index, part)
             yield batch.float().sub_(mean).div_(std), labels[index].to(place, non_blocking=True)
 
     def _on(self, place: torch.device) -> tuple[Tensor, Tensor]:
@@ -162,12 +169,17 @@ class FolderSplit:
         return self.head(cut), replace(self, samples=self.samples[cut:])
 
     def batches(
-        self, size: int, generator: torch.Generator | None = None, place: torch.device = PROCESSOR
+        self,
+        size: int,
+        generator: torch.Generator | None = None,
+        place: torch.device = PROCESSOR,
+        part: tuple[int, int] = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float32 images and their labels; with a generator in random order, cropped and flipped.
 
         They do not depend on the number of worker processes. Only full batches are used for training. A GPU, `place`,
-        is sent bytes, and normalizes them itself.
+        is sent bytes, and normalizes them itself. Of every training batch the `part` is read and handed out, such as
+        (1, 4) for the second quarter.
         """
         if generator is None and len(self) * self.channels * CROP**2 <= HELD:
             yield from self._decoded.batches(size, place=place)
@@ -177,10 +189,12 @@ class FolderSplit:
         if generator is not None:
             order = torch.randperm(len(self), generator=generator).tolist()
             seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+        wanted = list(zip(order, seeds, strict=True))
+        end = len(self) if generator is None else len(self) - len(self) % size
+        batches = [wanted[start : start + size] for start in range(0, max(end, min(size, len(self))), size)]
         loader = torch.utils.data.DataLoader(
-            _Pictures(self.samples), size, sampler=list(zip(order, seeds, strict=True)),
-            drop_last=generator is not None and len(self) >= size,
-            num_workers=_readers(), generator=torch.Generator(), pin_memory=place.type == "cuda",
+            _Pictures(self.samples), batch_sampler=[_own(batch, part) for batch in batches],
+            num_workers=_readers(part[1]), generator=torch.Generator(), pin_memory=place.type == "cuda",
         )  # fmt: skip
         for images, labels in loader:
             images = images.to(place, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
@@ -196,13 +210,19 @@ class FolderSplit:
         return max(len(self) // size, 1)
 
 
+def _own(batch: Any, part: tuple[int, int]) -> Any:
+    """The part of a batch, a tensor or a list, that `part` says: (1, 4) is the second quarter."""
+    which, parts = part
+    return batch[len(batch) * which // parts : len(batch) * (which + 1) // parts]
+
+
 _middle = v2.Compose([v2.Resize(256), v2.CenterCrop(CROP)])
 _augmented = v2.Compose([v2.RandomResizedCrop(CROP), v2.RandomHorizontalFlip()])
 
 
-def _readers() -> int:
-    """The number of processes that read pictures."""
-    return min(device.cores(), 16)
+def _readers(parts: int) -> int:
+    """The number of processes that read pictures for one of so many parts."""
+    return max(min(device.cores() // parts, 16), 1)
 
 
 class _Pictures(torch.utils.data.Dataset):

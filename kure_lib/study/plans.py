@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from kure_lib import progress
-from kure_lib.paths import check_known, use_profile
+from kure_lib.paths import check_known, gpus_per_run, use_profile
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import runs
 from kure_lib.study.profiles import NEEDS, PROFILES, TUNING_SIZE, Contender, Recipe
@@ -170,7 +170,10 @@ def _several(value: Any) -> list:
 
 
 def plan(profile: str) -> Plan:
-    """All runs of a profile, seed by seed; `KureError` for an unknown profile."""
+    """All runs of a profile, seed by seed, each by as many processes as `paths.gpus_per_run` says.
+
+    Raises `KureError` for an unknown profile and for a run that cannot be shared by so many.
+    """
     check_known("profile", profile, PROFILES)
     recipes = PROFILES[profile]
     seeds = range(max(recipe.seeds for recipe in recipes))
@@ -180,7 +183,8 @@ def plan(profile: str) -> Plan:
 
 def _runs(recipe: Recipe, seed: int) -> list[Planned]:
     def planned(arm: str, part: str, settings: dict, **more: Any) -> Planned:
-        return Planned(recipe.model, arm, part, RunConfig(model=recipe.model, seed=seed, **settings, **more))
+        config = RunConfig(model=recipe.model, seed=seed, replicas=gpus_per_run(), **settings, **more)
+        return Planned(recipe.model, arm, part, config)
 
     def main_arms(part: str, pretraining: dict) -> list[Planned]:
         first = planned("pretrained", part, pretraining)

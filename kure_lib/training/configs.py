@@ -25,6 +25,7 @@ from kure_lib.tensors.grids import Bits
 from kure_lib.training.regularizers import REDUCTIONS
 from kure_lib.training.rivals import RIVALS
 
+OF_WHOLE_BATCHES = ("gradient_l1", "kure_of_activations")  # penalties on what all images of a step make together
 TRAINING_VERSION = 1  # raise it when the same configuration would give other weights
 
 Positive = Annotated[float, Field(gt=0)]
@@ -132,6 +133,7 @@ class RunConfig(Config):
     quantization: QatConfig | None = None
     rival: RivalConfig | None = None
     kept: Literal["float32", "float16"] = "float32"  # in which the trained weights are kept; vectors always in float32
+    replicas: int = Field(1, ge=1)  # processes that share every batch, so that batch norm sees their part of it alone
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -146,6 +148,12 @@ class RunConfig(Config):
             start = f"{self.start.model} on {self.start.data}"
             raise KureError(f"A {self.model} on {self.data} cannot start from a {start}: take a run of the same "
                             "network and data.")  # fmt: skip
+        if min(self.batch_size, self.train_size or self.batch_size) % self.replicas:
+            raise KureError(f"A batch of {self.batch_size} images cannot be shared equally among {self.replicas} "
+                            "processes: take a number of them that divides it.")  # fmt: skip
+        if self.replicas > 1 and (unshared := set(OF_WHOLE_BATCHES) & set(self.methods)):
+            raise KureError(f"The penalty {min(unshared)} is one on whole batches, of which each of {self.replicas} "
+                            "processes would see a part: train it in one.")  # fmt: skip
         return self
 
     @property
@@ -180,4 +188,5 @@ class RunConfig(Config):
             parts += [f"decay-{self.weight_decay:g}"] if self.weight_decay != start.weight_decay else []
             parts += [f"every-{self.decay_every}"] if self.decay_every != start.decay_every else []
         parts += ["held-out"] if self.held_out else []
+        parts += [f"replicas-{self.replicas}"] if self.replicas > 1 else []
         return "-".join([*parts, f"seed{self.seed}"])

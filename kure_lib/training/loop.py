@@ -1,12 +1,14 @@
 """One training loop for every run: `loss = criterion(model(x), y) + penalty`, within the view of its training method.
 
-A run is trained on one processor thread or on one GPU. A study fills the cores with several runs at once, which is
-faster than several threads for one network of this size, and a result does not depend on the number of cores.
+A run is trained on one processor thread or on one GPU, or as `replicas` says. A study fills the cores with several
+runs at once, which is faster than several threads for one network of this size, and a result does not depend on the
+number of cores.
 """
 
 import hashlib
 import io
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +24,7 @@ from kure_lib.networks import data, device, evaluation, models
 from kure_lib.networks.layers import latent_weight, regularized_layers
 from kure_lib.paths import KureError, in_words, say
 from kure_lib.tensors.kurtosis import kurtosis
-from kure_lib.training import methods
+from kure_lib.training import methods, replicas
 from kure_lib.training.configs import RunConfig
 from kure_lib.training.protocol import TrainingMethod
 
@@ -70,14 +72,31 @@ def fit(
         The network in evaluation mode, and its curves.
 
     Raises:
-        KureError: The loss or a learned step diverged, or the checkpoint cannot be written or was by other code.
+        KureError: The loss or a learned step diverged, or the checkpoint cannot be written or was by other code; for
+            several replicas what `replicas.together` says.
     """
+    if config.replicas == 1 or not config.epochs:
+        return _fit(on_epoch, config, start, checkpoint)
+    with tempfile.TemporaryDirectory(prefix="kure-") as folder:
+        checkpoint = checkpoint or Path(folder) / "checkpoint.pt"
+        replicas.together(config.replicas, _fit, (config, start, checkpoint), on_epoch)
+        return _fit(on_epoch, config, start, checkpoint)  # of which all epochs are finished
+
+
+def _fit(
+    on_epoch: Callable[[int, dict[str, float]], None],
+    config: RunConfig,
+    start: dict[str, Tensor] | None,
+    checkpoint: Path | None,
+) -> tuple[nn.Module, Trained]:
+    """`fit` in this process: the whole run, or its part of one of which the first process evaluates and keeps."""
+    rank, count = replicas.part()
     train, test = splits(config)
     torch.manual_seed(config.seed)
     model = models.build(config.model, train.channels, train.classes, config.pretrained)
     if start is not None:
         models.load_weights(model, start, f"that {config.label} starts from")
-    model.to(device.device())
+    model = replicas.synchronized(model.to(device.device()), config.batch_size // count)
     images, _ = next(train.head(config.batch_size).batches(config.batch_size, place=device.device()))
     method = methods.build(model, config, images)
     optimizer = _optimizer(config, model, method)
@@ -90,6 +109,8 @@ def fit(
             began = time.perf_counter()
             try:
                 values = train_epoch(model, _batches(config, train, epoch), method, optimizer, schedule)
+                if rank:
+                    continue
                 weights = {name: latent_weight(layer) for name, layer in regularized_layers(kept).items()}
                 layers = {name: kurtosis(weight).item() for name, weight in weights.items()}
                 result = evaluation.evaluate(kept, test)
@@ -146,13 +167,14 @@ def train_epoch(
     """
     place = device.device()
     model.train()
+    network = replicas.averaging(model, method.steps)
     total_loss = total_penalty = correct = torch.zeros((), device=place)
     seen = 0
 
     def backward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Leave the gradients of a step where the weights are; the scores and the two terms of the loss."""
         with device.autocast():
-            scores = model(x)
+            scores = network(x)
             error = criterion(scores, y)
         penalty = method.penalty(error)
         loss = error + penalty
@@ -173,18 +195,17 @@ def train_epoch(
         total_penalty = total_penalty + penalty * len(y)
         correct = correct + (scores.argmax(1) == y).sum()
         seen += len(y)
-    return {
-        "train_loss": total_loss.item() / seen,
-        "penalty": total_penalty.item() / seen,
-        "train_top1": 100 * correct.item() / seen,
-    }
+    sums = replicas.total(torch.stack([total_loss, total_penalty, correct])).tolist()
+    seen *= replicas.part()[1]
+    return {"train_loss": sums[0] / seen, "penalty": sums[1] / seen, "train_top1": 100 * sums[2] / seen}
 
 
 def _batches(config: RunConfig, train: data.Split, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The training images of an epoch; its seed depends on the run and the epoch alone, so that runs can be resumed."""
     seed = 1_000_003 * config.seed + epoch
     torch.manual_seed(seed)
-    return train.batches(config.batch_size, torch.Generator().manual_seed(seed), device.device())
+    generator = torch.Generator().manual_seed(seed)
+    return train.batches(config.batch_size, generator, device.device(), replicas.part())
 
 
 def _optimizer(config: RunConfig, model: nn.Module, method: TrainingMethod) -> Optimizer:

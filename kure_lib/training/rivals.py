@@ -83,7 +83,7 @@ class Sam(TrainingMethod):
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
         moved = [(p, p.detach().clone(), p.grad) for p in self.model.parameters() if p.grad is not None]
-        norms = [(m, m.momentum) for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        norms = [(m, m.momentum) for m in self.model.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
         length = torch.linalg.vector_norm(torch.stack([gradient.norm() for _, _, gradient in moved])) + 1e-12
         with torch.no_grad():
             for p, _, gradient in moved:

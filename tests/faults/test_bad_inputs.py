@@ -16,7 +16,7 @@ from kure_lib.findings import verdicts
 from kure_lib.networks import data, published
 from kure_lib.quantization import view
 from kure_lib.quantization.spec import QuantizationSpec
-from kure_lib.study import manifest, records, runs
+from kure_lib.study import manifest, plans, records, runs
 from kure_lib.tensors.steps import best_step
 from kure_lib.training.configs import RunConfig
 from kure_lib.training.regularizers import KurtosisRegularizer
@@ -68,6 +68,7 @@ def test_words_of_the_command_line(chance, results_folder, monkeypatch, capsys):
 VARIABLES = {
     "KURE_CHECK": ["true ", "2", "on", "é"],
     "KURE_PROFILE": ["../x", "/x", ".", "a b", "\n"],
+    "KURE_GPUS_PER_RUN": ["0", "-1", "two", "²", "3"],
     "KURE_RESULTS": ["/dev/null", "/dev/full/x", "x" * 300],
     "KURE_CACHE": ["/dev/null", "/dev/full/x", "x" * 300],
     "KURE_CIFAR10": ["", "/nowhere", "/dev/null"],
@@ -81,6 +82,7 @@ ASKED = {
     "KURE_IMAGENET": lambda: data.load("imagenet", "test"),
     "KURE_WEIGHTS": lambda: published.load(nn.Linear(1, 1), "resnet18"),
     "KURE_CACHE": data.unpack_fashion_mnist,
+    "KURE_GPUS_PER_RUN": lambda: plans.plan("quick"),
 }
 
 

@@ -255,13 +255,26 @@ def test_images_that_do_not_fit_are_streamed_to_the_same_batches(tiny_imagenet, 
 def test_augmentation_does_not_depend_on_the_number_of_workers(tiny_imagenet, monkeypatch):
     split, batches = data.load("imagenet", "train"), []
     for workers in (0, 1, 3):
-        monkeypatch.setattr(data, "_readers", lambda count=workers: count)
+        monkeypatch.setattr(data, "_readers", lambda parts, count=workers: count)
         torch.manual_seed(workers)
         batches.append(list(split.batches(2, torch.Generator().manual_seed(5))))
     for other in batches[1:]:
         assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(batches[0], other, strict=True))
     again = next(split.batches(2, torch.Generator().manual_seed(6)))[0]
     assert not torch.equal(again, batches[0][0][0])
+
+
+@pytest.mark.parametrize("size", [4, 8])  # 8: more than there are
+def test_the_pictures_of_a_step_do_not_depend_on_the_number_of_processes(tiny_imagenet, size):
+    split = data.load("imagenet", "train")
+
+    def batches(part):
+        return split.batches(size, torch.Generator().manual_seed(5), part=part)
+
+    for whole, *halves in zip(batches((0, 1)), batches((0, 2)), batches((1, 2)), strict=True):
+        for all_of_them, *both in zip(whole, *halves, strict=True):
+            assert len(both[0]) == len(both[1])
+            assert torch.equal(torch.cat(both), all_of_them)
 
 
 def test_the_fingerprint_of_a_folder_is_of_paths_and_sizes(tiny_imagenet):

@@ -58,6 +58,7 @@ CHANGES = {
     "decay_factor": 0.2, "regularizer": None,
     "quantization": QatConfig(quantizer="lsq", weight_bits=4, activation_bits=4),
     "rival": RivalConfig(name="sam", strength=0.1), "held_out": 100, "kept": "float16",
+    "replicas": 2,
 }  # fmt: skip
 
 
