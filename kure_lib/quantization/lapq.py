@@ -6,6 +6,7 @@ choice is made on the calibration loss.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
@@ -41,12 +42,14 @@ def loss_aware_steps(model: nn.Module, images: Tensor, labels: Tensor, spec: Qua
     layers = quantized_layers(model) if plain.weight_bits else {}
     observed = calibration.observe(model, images) if plain.activation_bits else {}
 
-    def start(p: float) -> dict[str, Tensor]:
-        weights = view.weight_steps(layers, plain.model_copy(update={"step_rule": f"lp:{p}"}))
-        return weights | calibration.activation_steps(observed, plain.activation_bits, f"lp:{p}")
+    @cache
+    def start(p: float) -> dict[str, float]:
+        steps = view.weight_steps(layers, plain.model_copy(update={"step_rule": f"lp:{p}"}))
+        steps |= calibration.activation_steps(observed, plain.activation_bits, f"lp:{p}")
+        return {name: step.item() for name, step in steps.items()}
 
     placed = dict[str, float]()
-    steps = {name: step.to(images.device) for name, step in start(NORMS[0]).items()}  # the view reads these themselves
+    steps = {name: torch.tensor(value, device=images.device) for name, value in start(NORMS[0]).items()}  # of the view
     with (
         view.quantized(model, plain, images, steps=steps),
         _remembering(model, steps),
@@ -63,9 +66,9 @@ def loss_aware_steps(model: nn.Module, images: Tensor, labels: Tensor, spec: Qua
             bar.update()
             return loss if np.isfinite(loss) else np.inf
 
-        tried = {p: (loss_at(found := _numbers(start(p))), found) for p in NORMS}
+        tried = {p: (loss_at(start(p)), start(p)) for p in NORMS}
         best_p = lowest_point(np.array(NORMS), np.array([loss for loss, _ in tried.values()]))
-        tried[best_p] = (loss_at(found := _numbers(start(best_p))), found)
+        tried[best_p] = loss_at(start(best_p)), start(best_p)
         best_loss, best = min(tried.values(), key=lambda pair: pair[0])
         best_octaves = np.zeros(len(best))
 
@@ -135,7 +138,3 @@ def _remembered(forward: Callable[[Tensor], Tensor], steps: list[Tensor]) -> Cal
         return kept
 
     return recall
-
-
-def _numbers(steps: dict[str, Tensor]) -> dict[str, float]:
-    return {name: step.item() for name, step in steps.items()}

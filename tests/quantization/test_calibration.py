@@ -226,15 +226,23 @@ def test_the_lowest_point_of_a_parabola():
     assert lapq.lowest_point(p, np.array([1.0, 2.0, 2.5, 2.0, 0.5])) == 4.0  # no valley
 
 
+@pytest.fixture
+def short(monkeypatch, images):
+    """Eight of the images, and starts that cost less: of few values each, for three norms, enough for a parabola."""
+    monkeypatch.setattr("kure_lib.tensors.steps.SAMPLE", 2**10)
+    monkeypatch.setattr(lapq, "NORMS", (2.0, 3.0, 4.0))
+    return images[0][:8], images[1][:8]
+
+
 def lapq_spec(weight_bits, activation_bits, search=SEARCH):
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
     return QuantizationSpec(step_rule="lapq", search=search, **bits)
 
 
-def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(images):
+def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(short):
     torch.manual_seed(0)
     network = models.build("resnet20", 1, 10).eval()
-    batch, labels = images
+    batch, _ = short
     labels = network(batch).argmax(1)  # a task at which full precision is best
     found = lapq.loss_aware_steps(network, batch, labels, lapq_spec(3, 3, search=60))
     assert found.keys() == {*quantized_layers(network), *activations.quantized_sites(network, batch)}
@@ -250,7 +258,7 @@ def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(images
 
 
 @pytest.mark.parametrize("bits", [(3, 3), (None, 3)])
-def test_remembering_blocks_spares_work_and_finds_the_same(network, images, monkeypatch, bits):
+def test_remembering_blocks_spares_work_and_finds_the_same(network, short, monkeypatch, bits):
     forwards = []
     blocks = dict(lapq._blocks(network))
     assert len(blocks) in (9, 17)  # residual blocks of the two networks
@@ -259,26 +267,26 @@ def test_remembering_blocks_spares_work_and_finds_the_same(network, images, monk
     inner = next(module for module in next(iter(blocks.values())).modules() if isinstance(module, nn.Conv2d))
     inner.register_forward_hook(lambda *_: forwards.append("computed"))
 
-    found = lapq.loss_aware_steps(network, *images, lapq_spec(*bits, search=40))
+    found = lapq.loss_aware_steps(network, *short, lapq_spec(*bits, search=40))
     spared = forwards.count("asked") - forwards.count("computed")
     forwards.clear()
     monkeypatch.setattr(lapq, "KEPT", 0)  # nothing is worth remembering
-    again = lapq.loss_aware_steps(network, *images, lapq_spec(*bits, search=40))
+    again = lapq.loss_aware_steps(network, *short, lapq_spec(*bits, search=40))
     assert forwards.count("asked") == forwards.count("computed")
     assert spared > 20
     assert found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
     assert all("forward" not in vars(block) for block in blocks.values())
 
 
-def test_a_search_that_fails_leaves_the_network_as_it_was(network, images):
-    before, labels = state(network), torch.full((64,), 99)  # no such class
+def test_a_search_that_fails_leaves_the_network_as_it_was(network, short):
+    before, labels = state(network), torch.full((8,), 99)  # no such class
     with pytest.raises((IndexError, RuntimeError)):
-        lapq.loss_aware_steps(network, images[0], labels, lapq_spec(4, 4, search=5))
+        lapq.loss_aware_steps(network, short[0], labels, lapq_spec(4, 4, search=5))
     assert same_weights(before, state(network))
     assert not any("forward" in vars(module) or module._forward_hooks for module in network.modules())
 
 
-def test_the_search_keeps_to_its_budget_and_says_how_far_it_is(network, images, monkeypatch):
+def test_the_search_keeps_to_its_budget_and_says_how_far_it_is(network, short, monkeypatch):
     bars = []
 
     class Bar(progress.tqdm):
@@ -287,7 +295,7 @@ def test_the_search_keeps_to_its_budget_and_says_how_far_it_is(network, images, 
             super().__init__(**options | {"disable": False, "file": io.StringIO()})
 
     monkeypatch.setattr(progress, "tqdm", Bar)
-    lapq.loss_aware_steps(network, *images, lapq_spec(4, None, search=30))
+    lapq.loss_aware_steps(network, *short, lapq_spec(4, None, search=30))
     (bar,) = bars
     assert bar.desc == "LAPQ" and bar.unit == "loss"
     assert len(lapq.NORMS) < bar.n <= bar.total + 1 == len(lapq.NORMS) + 32
