@@ -24,14 +24,22 @@ def quantized(record: Record, spec: QuantizationSpec) -> AbstractContextManager[
         return _as_trained(record, spec)
     if spec.rounding:
         return _from_master(record, spec)
-    steps = _steps(record, spec.model_copy(update={"step_ratio": 1.0, "activation_ratio": 1.0, "power_of_two": False}))
+    steps = _steps(record, _choosing(spec))
     unfolded = spec.model_copy(update={"fold_batch_norm": False})  # the record keeps its folded network
     return view.quantized(record.network(spec.fold_batch_norm), unfolded, _images(record, spec), steps=steps)
 
 
+def _choosing(spec: QuantizationSpec) -> QuantizationSpec:
+    """What of a specification steps are chosen by, so that those which differ in other fields share them."""
+    later = ("step_ratio", "activation_ratio", "power_of_two", "bias_correction", "reestimate_batch_norm")
+    unused = () if spec.activation_bits or spec.step_rule == "lapq" else ("calibration",)
+    fields = QuantizationSpec.model_fields
+    return spec.model_copy(update={name: fields[name].default for name in (*later, *unused)})
+
+
 @lru_cache(maxsize=32)
 def _steps(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
-    """The steps before any ratio, so that a sweep of ratios chooses them once."""
+    """The steps before any ratio."""
     network = record.network(spec.fold_batch_norm)
     if spec.step_rule == "lapq":
         return lapq.loss_aware_steps(network, *calibration.images(record.config.data, spec.calibration), spec)

@@ -7,11 +7,13 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from kure_lib.networks import models
+from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration, export
 from kure_lib.quantization import integers as master
 from kure_lib.quantization.view import quantized
-from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR
+from kure_lib.tensors.grids import SIGNED_INT
+from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, best_step
 
 SHAPE = {"tiny": (1, 10, 10), "resnet18": (3, 32, 32)}
 
@@ -57,7 +59,10 @@ def test_in_float32_the_scores_are_ours(network, tmp_path, fused):
 @pytest.mark.parametrize(("scope", "bits"), [(PER_TENSOR, 8), (PER_CHANNEL, 8), (PER_TENSOR, 4)])
 def test_with_integer_weights_and_activations_the_scores_are_ours(network, tmp_path, scope, bits):
     model, images = network
-    stored = {name: each.to(bits, "even") for name, each in master.of(model, scope).items()}
+    stored = {}
+    for name, layer in quantized_layers(model).items():
+        step = best_step(layer.weight, 8, SIGNED_INT, "max_abs", scope)  # chosen in no time
+        stored[name] = master.integers(layer.weight, 8, step).to(bits, "even")
     steps = calibration.activation_steps(calibration.observe(model, images), 8)
     with master.served(model, stored), quantized(model, activation_bits=8, images=images, steps=steps):
         expected = model(images)

@@ -18,6 +18,7 @@ from scipy.stats import kurtosis as scipy_kurtosis
 from kure_lib.networks import data, device, evaluation
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import ROOT, KureError
+from kure_lib.quantization import calibration
 from kure_lib.quantization import integers as master
 from kure_lib.quantization import view as ptq
 from kure_lib.quantization.spec import ROUNDINGS, QuantizationSpec
@@ -306,18 +307,25 @@ def test_an_8_bit_copy_with_new_batch_norms_is_another_network(files, config):
     assert evaluation.evaluate(record.network(), split) == runs.evaluate(record)
 
 
-def test_weight_steps_are_chosen_once_for_every_ratio(files, config, monkeypatch):
-    record, asked, ratios = runs.find(config), [], (0.8, 1.3)
+def test_weight_steps_are_chosen_once_for_all_specifications_that_share_them(files, config, monkeypatch):
+    record, asked = runs.find(config), []
     choose = ptq.weight_steps
     counted = lambda layers, *args: asked.append(len(layers)) or choose(layers, *args)  # noqa: E731
     monkeypatch.setattr(ptq, "weight_steps", counted)
     views._steps.cache_clear()
-    results = [runs.evaluate(record, QuantizationSpec(weight_bits=3, step_ratio=ratio)) for ratio in ratios]
+    varied = [{"step_ratio": 0.8}, {"step_ratio": 1.3}, {"power_of_two": True}, {"bias_correction": True}]
+    varied += [{"reestimate_batch_norm": True, "calibration": 64}]
+    specs = [QuantizationSpec(weight_bits=3, **fields) for fields in varied]
+    results = [runs.evaluate(record, spec) for spec in specs]
     assert [count for count in asked if count] == [len(quantized_layers(record.network()))]
+    specs += [QuantizationSpec(weight_bits=3, activation_bits=3, calibration=images) for images in (8, 64)]
+    results += [runs.evaluate(record, spec) for spec in specs[-2:]]  # activations are other ones in other images
     split = data.load("fashion_mnist", "test").head(config.train_size)
-    for ratio, result in zip(ratios, results, strict=True):
-        with ptq.quantized(record.network(), weight_bits=3, step_ratio=ratio) as model:
+    for spec, result in zip(specs, results, strict=True):
+        images = calibration.images("fashion_mnist", spec.calibration or 1)[0]
+        with ptq.quantized(record.network(), spec, images) as model:
             assert evaluation.evaluate(model, split) == result
+    assert len(set(results)) == len(results)
 
 
 # Check mode
