@@ -7,6 +7,7 @@ weights is the same in every process, so the mean of its gradients is its gradie
 
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -118,6 +119,7 @@ def _attempt(count: int, work: Callable[..., Any], inputs: tuple, on_report: Cal
 
 def _take_part(rank: int, count: int, store: Path, reports: Any, work: Callable[..., Any], inputs: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which torch has the kernel send where the first process ends
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # 1 × 1 convolutions, channels-last: no error
     if gpu := torch.cuda.is_available():
         torch.cuda.set_device(rank)
     group: dict[str, Any] = {"rank": rank, "world_size": count, "store": distributed.FileStore(str(store), count)}
