@@ -28,7 +28,8 @@ from kure_lib.paths import DATA, KureError, check_known
 SHIFT = 2  # pixels by which a training image of up to 32 × 32 is moved at most, in each direction
 LARGE_SHIFT = 4  # and one of 64 × 64
 PROCESSOR = torch.device("cpu")
-WHOLE = (0, 1)  # the first of one part
+Part = tuple[int, int]  # of every batch: (1, 4) is the second quarter
+WHOLE: Part = (0, 1)
 RESIDENT = 2**31  # bytes of images that a GPU holds throughout: Tiny ImageNet's are 1.2 GB
 CROP = 224  # pixels a side of the images of a folder
 HELD = 2**33  # bytes of decoded images that are kept: ImageNet's validation images are 7.5 GB
@@ -71,17 +72,13 @@ class TensorSplit:
         return TensorSplit(self.images[part], self.labels[part], self.classes, self.mean, self.std, self.shift)
 
     def batches(
-        self,
-        size: int,
-        generator: torch.Generator | None = None,
-        place: torch.device = PROCESSOR,
-        part: tuple[int, int] = WHOLE,
+        self, size: int, generator: torch.Generator | None = None, place: torch.device = PROCESSOR, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float32 images and their labels; with a generator in random order, flipped and shifted.
 
         Only full batches are used for training, so that every batch norm sees as many images. On a GPU, `place`, all
         images lie where they fit, and are augmented and normalized there, by the same random numbers. Of every batch
-        the `part` is handed out, such as (1, 4) for the second quarter.
+        the `part` is handed out.
         """
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         end = len(self) if generator is None else len(self) - len(self) % size
@@ -169,17 +166,12 @@ class FolderSplit:
         return self.head(cut), replace(self, samples=self.samples[cut:])
 
     def batches(
-        self,
-        size: int,
-        generator: torch.Generator | None = None,
-        place: torch.device = PROCESSOR,
-        part: tuple[int, int] = WHOLE,
+        self, size: int, generator: torch.Generator | None = None, place: torch.device = PROCESSOR, part: Part = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of float32 images and their labels; with a generator in random order, cropped and flipped.
 
         They do not depend on the number of worker processes. Only full batches are used for training. A GPU, `place`,
-        is sent bytes, and normalizes them itself. Of every training batch the `part` is read and handed out, such as
-        (1, 4) for the second quarter.
+        is sent bytes, and normalizes them itself. Of every training batch the `part` is read and handed out.
         """
         if generator is None and len(self) * self.channels * CROP**2 <= HELD:
             yield from self._decoded.batches(size, place=place)
@@ -210,8 +202,8 @@ class FolderSplit:
         return max(len(self) // size, 1)
 
 
-def _own(batch: Any, part: tuple[int, int]) -> Any:
-    """The part of a batch, a tensor or a list, that `part` says: (1, 4) is the second quarter."""
+def _own(batch: Any, part: Part) -> Any:
+    """The part of a batch, a tensor or a list."""
     which, parts = part
     return batch[len(batch) * which // parts : len(batch) * (which + 1) // parts]
 

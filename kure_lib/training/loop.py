@@ -280,7 +280,8 @@ def _resume(checkpoint: Path | None, config: RunConfig, state: dict[str, Any]) -
     try:
         saved = read_checkpoint(checkpoint, config)
     except KureError as error:
-        say(f"{error}: it is left aside, and the run starts again from its first epoch.")
+        if replicas.part()[0] == 0:
+            say(f"{error}: it is left aside, and the run starts again from its first epoch.")
         return 0, Trained()
     try:
         for name, part in state.items():

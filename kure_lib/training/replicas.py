@@ -7,6 +7,7 @@ weights is the same in every process, so the mean of its gradients is its gradie
 
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
+from kure_lib.networks.data import Part
 from kure_lib.paths import KureError, say
 from kure_lib.training.protocol import Steps
 
@@ -26,7 +28,7 @@ LOOK = 0.1  # seconds between two looks at what the processes report
 PATIENCE = timedelta(hours=2)  # for which the others wait while the first evaluates
 
 
-def part() -> tuple[int, int]:
+def part() -> Part:
     """Which part of every batch is this process's, and of how many: (0, 1) where it trains alone."""
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
@@ -117,12 +119,11 @@ def _attempt(count: int, work: Callable[..., Any], inputs: tuple, on_report: Cal
 
 def _take_part(rank: int, count: int, store: Path, reports: Any, work: Callable[..., Any], inputs: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # which torch has the kernel send where the first process ends
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # 1 × 1 convolutions, channels-last: no error
     if gpu := torch.cuda.is_available():
         torch.cuda.set_device(rank)
-    meeting = distributed.FileStore(str(store), count)
-    distributed.init_process_group(
-        "nccl" if gpu else "gloo", store=meeting, rank=rank, world_size=count, timeout=PATIENCE
-    )
+    group: dict[str, Any] = {"rank": rank, "world_size": count, "store": distributed.FileStore(str(store), count)}
+    distributed.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, **group)
     try:
         work(lambda *values: reports.put(values), *inputs)
     except KureError as error:
