@@ -22,7 +22,7 @@ PROFILES = {
     "quick": "the default: real training on the embedded data, one seed, a quarter of an hour on two cores",
     "study": "the committed study, all seeds: minutes from its records, hours from scratch",
     "imagenet": "the paper's scale: ImageNet, torchvision's weights, GPUs",
-    "large": "torchvision's networks on Tiny ImageNet, what is still to be made, for a GPU: trained only",
+    "large": "torchvision's networks on Tiny ImageNet, more of them than in the study, for a GPU: trained only",
 }
 
 
