@@ -45,6 +45,14 @@ class LayerSummary(Frozen):
             raise ValueError(f"the histogram of {self.name} is not one of {math.prod(self.shape)} weights")
         return self
 
+    @property
+    def reach(self) -> float:
+        """The largest magnitude in standard deviations, which are those of the histogram."""
+        width = (self.high - self.low) / len(self.counts)
+        centers = self.low + width * (np.arange(len(self.counts)) + 0.5)
+        mean = np.average(centers, weights=self.counts)
+        return max(-self.low, self.high) / float(np.average((centers - mean) ** 2, weights=self.counts)) ** 0.5
+
 
 def _known(evaluation: Evaluation) -> list:
     return [value for value in evaluation if value is not None]

@@ -114,6 +114,7 @@ def test_the_layers_are_summarized(files, config):
         assert layer.kurtosis == pytest.approx(scipy_kurtosis(weight, axis=None, fisher=False), rel=1e-5)
         assert (layer.low, layer.high) == (weight.min(), weight.max())
         assert layer.counts == tuple(np.histogram(weight, 80, (layer.low, layer.high))[0])
+        assert layer.reach == pytest.approx(np.abs(weight).max() / weight.std(), rel=2e-3)
         assert sum(layer.counts) == weight.size
     assert record.mean_kurtosis == pytest.approx(np.mean([layer.kurtosis for layer in record.layers]))
     assert record.curves["kurtosis"][-1] == pytest.approx(record.mean_kurtosis, rel=1e-6)
