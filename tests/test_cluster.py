@@ -79,14 +79,15 @@ def alone(results_folder, monkeypatch):
     return train
 
 
-def when(condition, act) -> threading.Thread:
-    """Acts as soon as the condition holds."""
+def when(condition, act, until=lambda: False) -> threading.Thread:
+    """Acts as soon as the condition holds, if that is before the other."""
 
     def watch() -> None:
         deadline = time.monotonic() + 500
-        while not condition() and time.monotonic() < deadline:
+        while not condition() and not until() and time.monotonic() < deadline:
             time.sleep(0.05)
-        act()
+        if condition():
+            act()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -141,10 +142,14 @@ def test_a_driver_that_was_killed_trains_nothing_twice(cluster, alone, capsys):
 
 
 def test_the_tasks_of_a_machine_that_is_gone_move_to_another(cluster, alone):
-    planned = tiny_plan(epochs=12)
-    begun = [records.checkpoint_path(run.config).exists for run in planned.runs[1:]]
-    gone = when(lambda: all(each() for each in begun), lambda: cluster.remove_node(cluster.worker_nodes.copy().pop()))
+    planned = tiny_plan(epochs=100)  # the second begins before the first has ended
+    tuned = [run.config for run in planned.runs[1:]]
+    gone = when(
+        lambda: all(records.checkpoint_path(config).exists() for config in tuned),
+        lambda: cluster.remove_node(cluster.worker_nodes.copy().pop()),
+        until=lambda: all(map(records.find, tuned)),
+    )
     driver.train(planned, cluster=cluster.address)
     gone.join()
-    assert not cluster.worker_nodes
+    assert not cluster.worker_nodes, "both machines were at work when one of them went"
     assert digests(planned) == alone(planned)
