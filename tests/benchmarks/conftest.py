@@ -9,11 +9,23 @@ from pathlib import Path
 
 import pytest
 from measuring import limits, machine, seconds, slug
-from reporting import TARGETS, Row, markdown, save, update_page
+from reporting import (
+    GROWTH,
+    TARGETS,
+    Growth,
+    Row,
+    content,
+    growth_content,
+    growth_markdown,
+    markdown,
+    save,
+    update_page,
+)
 
 from kure_lib import paths
 
 ROWS = pytest.StashKey[dict[str, Row]]()
+GROWN = pytest.StashKey[dict[str, Growth]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = {}
+    config.stash[ROWS], config.stash[GROWN] = {}, {}
 
 
 @pytest.fixture
@@ -55,19 +67,34 @@ def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., Row]:
     return measure
 
 
+@pytest.fixture
+def grow(request: pytest.FixtureRequest) -> Callable[[Growth], None]:
+    """Take down how something grows."""
+    return lambda growth: request.config.stash[GROWN].update({growth.name: growth})
+
+
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
-    """Print the table; of a complete run, also keep it."""
-    measured = config.stash[ROWS]
-    rows = [measured[name] for name in TARGETS if name in measured]
-    if not rows:
-        return
-    about, bounds = machine(), limits()
-    text = markdown(rows, about, bounds)
-    terminalreporter.section("measured side by side")
+    """Print the tables; one that is complete is also kept, and shown in the documentation."""
+    measured, about = config.stash[ROWS], machine()
+    rows, grown = [measured[name] for name in TARGETS if name in measured], list(config.stash[GROWN].values())
+    trial = exitstatus != 0 or config.getoption("--rounds", None)
+    if rows:
+        bounds = limits()
+        text, facts = markdown(rows, about, bounds), content(rows, about, bounds)
+        _report(terminalreporter, "benchmarks", text, facts, slug(about), len(rows) == len(TARGETS) and not trial)
+    if grown:
+        text, facts = growth_markdown(grown, about), growth_content(grown, about)
+        _report(
+            terminalreporter, "growth", text, facts, f"{slug(about)}-growth", len(grown) == len(GROWTH) and not trial
+        )
+
+
+def _report(terminalreporter, name: str, text: str, facts: dict, stem: str, keep: bool) -> None:
+    terminalreporter.section(name)
     terminalreporter.write(f"{text}\n")
-    if exitstatus == 0 and len(rows) == len(TARGETS) and not config.getoption("--rounds", None):
-        path = save(paths.RESULTS / "benchmarks", slug(about), rows, about, bounds)
-        shown = " and in docs/speed.md" if update_page(paths.ROOT / "docs" / "speed.md", text) else ""
-        terminalreporter.write(f"kept in {path}{shown}\n")
-    else:
-        terminalreporter.write("not kept: only a whole run with nothing failed is\n")
+    if not keep:
+        terminalreporter.write("not kept: only a whole table of a run with nothing failed is\n")
+        return
+    save(paths.RESULTS / "benchmarks" / stem, facts, text)
+    shown = update_page(paths.ROOT / "docs" / "speed.md", name, text)
+    terminalreporter.write(f"kept in results/benchmarks/{stem}.md{' and in docs/speed.md' * shown}\n")

@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import cpuinfo
 import numba
@@ -17,6 +19,7 @@ import torchvision
 
 from kure_lib.networks import device
 
+SMALL = (10_000,)  # arguments of a first round, which does not count
 THREADS = psutil.cpu_count(logical=False) or os.cpu_count() or 1  # what torch uses unless told otherwise
 
 
@@ -73,6 +76,21 @@ def _serve(pipe, prepare, arguments, threads) -> None:
             return
         work()
         pipe.send("done")
+
+
+def alone(prepare: Callable[..., Callable[[], object]], *arguments, rounds: int) -> tuple[float, int]:
+    """Median seconds of a round in a fresh process with one thread, and by how many bytes rounds raise its memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(_measured, prepare, arguments, rounds).result()
+
+
+def _measured(prepare, arguments, rounds) -> tuple[float, int]:
+    torch.set_num_threads(1)
+    prepare(*SMALL)()  # what is compiled or loaded at the first call
+    work = prepare(*arguments)
+    before = psutil.Process().memory_info().rss
+    took = statistics.median(seconds(work) for _ in range(rounds))
+    return took, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 
 def machine() -> dict:

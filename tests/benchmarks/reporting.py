@@ -1,8 +1,9 @@
 """Targets, the rows that are held against them, and the files in which a run of the benchmarks is kept."""
 
 import json
+import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tabulate import tabulate
@@ -10,7 +11,6 @@ from tabulate import tabulate
 from kure_lib.files import write_atomically
 from kure_lib.networks import device
 
-BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 RESNET = 4 if device.precision() == "bfloat16" else 2  # times faster
 
 
@@ -52,6 +52,53 @@ TARGETS = {
     "mobilenet_v2_050_alone": Target(ONE_RUN.format("MobileNet-V2 0.5"), SCRIPT, "images/s", faster=3),
     "variants": Target(VARIANTS, COPIES, "s", faster=5),
 }
+
+
+GROWTH = {
+    "kure": "KURE term of one tensor, forward and backward",
+    "steps": "its steps of least squared error at 2, 3, 4, 5, 6 and 8 bits",
+}
+
+
+BILLIONS = 7  # weights of a language model that people run at home
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How time, and memory beside the weights, grow with the number of weights, one thread in a fresh process each."""
+
+    name: str
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    bytes: tuple[int, ...]
+
+    @property
+    def exponent(self) -> float:
+        """That of the time, fitted over the sizes from a million on, where a call's own cost no longer counts."""
+        large = [(math.log(n), math.log(t)) for n, t in zip(self.sizes, self.seconds, strict=True) if n >= 10**6]
+        return statistics.linear_regression(*zip(*large, strict=True)).slope
+
+    def cells(self) -> list[list[str]]:
+        return [
+            [GROWTH[self.name], f"{n:,}", f"{1000 * t:,.3g} ms", f"{1e9 * t / n:.2f} ns", f"{b / 2**20:,.0f} MiB",
+             f"{b / (4 * n):.1f}" if n >= 10**6 else "–"]
+            for n, t, b in zip(self.sizes, self.seconds, self.bytes, strict=True)
+        ]  # fmt: skip
+
+
+def growth_markdown(grown: list[Growth], about: dict) -> str:
+    """The table of all sizes and, under it, the exponents and what the largest size says of a large model."""
+    head = ["path", "weights", "time", "a weight", "memory beside the weights", "copies of the weights"]
+    table = tabulate([line for each in grown for line in each.cells()], head, tablefmt="pipe", disable_numparse=True)
+    exponents = "; ".join(f"{GROWTH[each.name]}: n^{each.exponent:.2f}" for each in grown)
+    ahead = "; ".join(
+        f"{GROWTH[each.name]}: {BILLIONS * 1e9 * each.seconds[-1] / each.sizes[-1]:.0f} s" for each in grown
+    )
+    return (
+        f"{table}\n\n{about['cpu']}, torch {about['torch']}; one thread, a fresh process for every size, median of its "
+        f"rounds.\nFrom a million weights on time grows as: {exponents}.\n"
+        f"At the rate of the largest size, {BILLIONS} billion weights take one thread: {ahead}.\n"
+    )
 
 
 @dataclass(frozen=True)
@@ -147,24 +194,28 @@ def markdown(rows: list[Row], about: dict, limits: dict[str, float]) -> str:
     )
 
 
-def save(folder: Path, slug: str, rows: list[Row], about: dict, limits: dict[str, float]) -> Path:
-    """Write `<slug>.json` and `<slug>.md`; the path of the latter."""
-    content = {
-        "machine": about,
-        "limits": {name: round(value, 1) for name, value in limits.items()},
-        "rows": [row.as_json() for row in rows],
-    }
-    write_atomically(folder / f"{slug}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / f"{slug}.md", markdown(rows, about, limits))
-    return folder / f"{slug}.md"
+def content(rows: list[Row], about: dict, limits: dict[str, float]) -> dict:
+    rounded = {name: round(value, 1) for name, value in limits.items()}
+    return {"machine": about, "limits": rounded, "rows": [row.as_json() for row in rows]}
 
 
-def update_page(path: Path, text: str) -> bool:
-    """Put the table between its two markers in a page; False if they are not there."""
+def growth_content(grown: list[Growth], about: dict) -> dict:
+    return {"machine": about, "growth": [asdict(each) | {"exponent": round(each.exponent, 3)} for each in grown]}
+
+
+def save(stem: Path, content: dict, text: str) -> None:
+    """Write `<stem>.json` and `<stem>.md`."""
+    write_atomically(stem.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(stem.with_suffix(".md"), text)
+
+
+def update_page(path: Path, name: str, text: str) -> bool:
+    """Put a text between its two markers in a page; False if they are not there."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     content = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
+    before, began, rest = content.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (began and ended):
         return False
-    write_atomically(path, f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+    write_atomically(path, f"{before}{begin}\n{text.strip()}\n{end}{after}")
     return True
