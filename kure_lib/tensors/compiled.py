@@ -90,6 +90,17 @@ def level_moments(
 
 
 @numba.njit(cache=True)
+def row_moments(
+    values: np.ndarray, sums: np.ndarray, middle: np.ndarray, level: np.ndarray, steps: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`level_moments` of each row of values [C, n] at its own steps [C, k]."""
+    product, square = np.empty_like(steps), np.empty_like(steps)
+    for row in range(len(steps)):
+        product[row], square[row] = level_moments(values[row], sums[row], None, middle, level, steps[row])
+    return product, square
+
+
+@numba.njit(cache=True)
 def _first_from(values, start, threshold):
     """The first index from `start` on whose value is not below the threshold; without branches to mispredict."""
     left = values.size - start

@@ -31,12 +31,7 @@ class EmpiricalDistribution:
 
     def __init__(self, x: Tensor | np.ndarray):
         x = torch.as_tensor(x)
-        x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().double()
-        values = np.sort(x.reshape(-1).cpu().numpy())
-        if values.size == 0 or not np.isfinite(values[[0, -1]]).all():
-            raise KureError(f"Cannot choose a step for a tensor of shape {tuple(x.shape)}: "
-                            "it is empty or holds infinite or NaN values.")  # fmt: skip
-        self.values = values
+        self.values = values = _sorted(x.reshape(1, -1), x.shape)[0]
         self.sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
         self.square_sum = np.cumsum(np.square(values, dtype=np.float64))[-1]
 
@@ -102,6 +97,64 @@ class EmpiricalDistribution:
         product, square = self.moments(steps, bits, grid, rough)
         error = self.square_sum - 2 * steps * product + steps**2 * square
         return np.maximum(error, 0) / self.values.size
+
+
+class EmpiricalRows:
+    """The channels of a tensor [C, …] as distributions of their own, whose steps are searched for together.
+
+    Of each it knows what `EmpiricalDistribution` does, and computes it with the same operations, so that a channel has
+    the same step in company and alone. Raises `KureError` for a channel that is empty or not finite.
+    """
+
+    def __init__(self, x: Tensor):
+        self.values = _sorted(x.flatten(1), x.shape[1:])
+        zeros = np.zeros((len(self.values), 1))
+        self.sums = np.concatenate([zeros, np.cumsum(self.values, axis=1, dtype=np.float64)], axis=1)
+        self.square_sum = np.cumsum(np.square(self.values, dtype=np.float64), axis=1)[:, -1]
+        below_zero = np.array([np.searchsorted(row, 0) for row in self.values])
+        self.mean_abs = (self.sums[:, -1] - 2 * self.sums[np.arange(len(zeros)), below_zero]) / self.values.shape[1]
+        self.max_abs = np.maximum(-self.values[:, 0], self.values[:, -1]).astype(np.float64)
+
+    def moments(self, steps: np.ndarray, bits: int, grid: Format) -> tuple[np.ndarray, np.ndarray]:
+        """Σ x·level and Σ level² over each channel at its own steps [C, …], with levels in units of the step."""
+        level = levels(bits, grid).numpy()
+        middle = (level[1:] + level[:-1]) / 2
+        flat = np.ascontiguousarray(steps.reshape(len(steps), -1))
+        if self.values.shape[1] < len(level):
+            nearest = level[np.searchsorted(middle, self.values[:, None] / flat[..., None])]
+            product = np.stack([of_steps @ row for of_steps, row in zip(nearest, self.values, strict=True)])
+            square = np.square(nearest).sum(-1)
+        else:
+            of_rows = compiled.row_moments if compiled else _row_moments
+            product, square = of_rows(self.values, self.sums, middle, level, flat)
+        return product.reshape(steps.shape), square.reshape(steps.shape)
+
+    def mse(self, steps: np.ndarray, bits: int, grid: Format, rough: bool = False) -> np.ndarray:
+        """E[(X − Q_Δ(X))²] of each channel at its own steps [C, …]; no channel is so large that `rough` would help."""
+        product, square = self.moments(steps, bits, grid)
+        square_sum = self.square_sum.reshape(-1, *[1] * (steps.ndim - 1))
+        error = square_sum - 2 * steps * product + steps**2 * square
+        return np.maximum(error, 0) / self.values.shape[1]
+
+
+def _sorted(rows: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of each row [C, n] in ascending order, on the processor, as float32 or float64."""
+    rows = rows.detach() if rows.dtype in (torch.float32, torch.float64) else rows.detach().double()
+    values = np.sort(rows.cpu().numpy(), axis=-1)
+    if values.size == 0 or not np.isfinite(values[:, [0, -1]]).all():
+        raise KureError(f"Cannot choose a step for a tensor of shape {tuple(shape)}: "
+                        "it is empty or holds infinite or NaN values.")  # fmt: skip
+    return values
+
+
+def _row_moments(
+    values: np.ndarray, sums: np.ndarray, middle: np.ndarray, level: np.ndarray, steps: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `compiled.row_moments` computes: two arrays of [C, steps]."""
+    rows = zip(values, sums, steps, strict=True)
+    found = [_level_moments(row, of_row, None, middle, level, own) for row, of_row, own in rows]
+    product, square = zip(*found, strict=True)
+    return np.stack(product), np.stack(square)
 
 
 def _level_moments(

@@ -13,7 +13,7 @@ from kure_lib.paths import KureError, check_known
 from kure_lib.tensors import theory
 from kure_lib.tensors.grids import FP8_E4M3, MID_RISE, Codebook, Format, check_bits, levels
 from kure_lib.tensors.quantizers import nearest
-from kure_lib.tensors.samples import EmpiricalDistribution
+from kure_lib.tensors.samples import EmpiricalDistribution, EmpiricalRows
 
 # Search for the step of least MSE.
 COARSE, FINE = 512, 12  # points of the first scan and of each finer one
@@ -50,33 +50,64 @@ def mse_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
     parabola in Δ between two steps at which some value changes its cell. A first scan finds the deepest valleys, finer
     scans follow each of them, and the iteration Δ = Σ x·code / Σ code² ends at the bottom of the parabola.
     """
-    widest = 2 * max_abs_step(x, bits, grid)
+    return float(_mse_steps(x, np.array([x.max_abs]), np.array([x.mean_abs]), bits, grid)[0])
+
+
+def _mse_steps(
+    x: EmpiricalDistribution | EmpiricalRows, max_abs: np.ndarray, mean_abs: np.ndarray, bits: int, grid: Format
+) -> np.ndarray:
+    """`mse_step` of each of C distributions, [C], of which largest and mean magnitudes are given, all at once."""
+    widest = 2 * max_abs / grid.outermost(bits)
     points = COARSE * (DENSER if isinstance(grid, Codebook) else 1)
-    steps = np.geomspace(widest * min(0.1, x.mean_abs / (4 * x.max_abs)), widest, points)[None]
-    for finer in range(1 + ROUNDS):
-        low, high = _brackets(steps, x.mse(steps, bits, grid, rough=not finer))
+    steps = np.geomspace(widest * np.minimum(0.1, mean_abs / (4 * max_abs)), widest, points, axis=-1)
+    low, high = _around(steps, valleys := _valleys(x.mse(steps, bits, grid, rough=True)))
+    for _ in range(ROUNDS):
         steps = np.linspace(low, high, FINE, axis=-1)
-    best = x.mse(steps, bits, grid).argmin(-1)
-    step = steps[np.arange(len(best)), best]
+        low, high = _narrowed(steps, x.mse(steps, bits, grid), (valleys == valleys[:, :1]).all(-1))
+    steps = np.linspace(low, high, FINE, axis=-1)
+    step = _taken(steps, x.mse(steps, bits, grid).argmin(-1))
     for _ in range(FINE):
         product, square = x.moments(step, bits, grid)
         before, step = step, product / np.maximum(square, np.finfo(float).tiny)
         if (step == before).all():
             break
-    return float(step[x.mse(step, bits, grid).argmin()])
+    return _taken(step, x.mse(step, bits, grid).argmin(-1))
 
 
-def _brackets(steps: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The neighbours of the lowest point of each scan; of a single scan, of its `VALLEYS` lowest valleys."""
-    if len(steps) == 1:
-        padded = np.pad(error[0], 1, constant_values=np.inf)
-        valleys = np.flatnonzero((padded[1:-1] <= padded[:-2]) & (padded[1:-1] <= padded[2:]))
-        best = valleys[np.argsort(error[0, valleys], kind="stable")[:VALLEYS]]
-        steps = np.repeat(steps, len(best), axis=0)
-    else:
-        best = error.argmin(-1)
-    row = np.arange(len(best))
-    return steps[row, np.maximum(best - 1, 0)], steps[row, np.minimum(best + 1, steps.shape[1] - 1)]
+def _valleys(error: np.ndarray) -> np.ndarray:
+    """The places of the lowest valleys of each scan, lowest first, `VALLEYS` at most; the lowest fills up the rest."""
+    padded = np.pad(error, ((0, 0), (1, 1)), constant_values=np.inf)
+    valley = (error <= padded[:, :-2]) & (error <= padded[:, 2:])
+    order = np.argsort(np.where(valley, error, np.inf), axis=-1, kind="stable")
+    order = order[:, : min(valley.sum(-1).max(), VALLEYS)]
+    return np.where(np.take_along_axis(valley, order, -1), order, order[:, :1])
+
+
+def _narrowed(steps: np.ndarray, error: np.ndarray, alone: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The neighbours of the lowest step of each finer scan [C, V, k]; where a valley is alone, of each valley in it."""
+    low, high = (side[..., 0] for side in _around(steps, error.argmin(-1)[..., None]))
+    if not alone.any():
+        return low, high
+    found = _around(steps[alone, 0], _valleys(error[alone, 0]))
+    width = max(low.shape[1], found[0].shape[1])
+    sides = [_filled(side, width) for side in (low, high)]
+    for side, of_alone in zip(sides, found, strict=True):
+        side[alone] = _filled(of_alone, width)
+    return sides[0], sides[1]
+
+
+def _filled(rows: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), mode="edge")
+
+
+def _around(steps: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The neighbours of some places of each scan."""
+    below, above = np.maximum(places - 1, 0), np.minimum(places + 1, steps.shape[-1] - 1)
+    return np.take_along_axis(steps, below, -1), np.take_along_axis(steps, above, -1)
+
+
+def _taken(steps: np.ndarray, place: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(steps, place[..., None], -1)[..., 0]
 
 
 def percentile_step(x: EmpiricalDistribution, bits: int, grid: Format, percent: float = 99.9) -> float:
@@ -218,13 +249,11 @@ def best_step(
             raise KureError(f"Steps {scope} are chosen for a tensor: an EmpiricalDistribution has lost its shape.")
         if scope.size:
             return _block_steps(x, bits, grid, name, scope.size)
-        steps = [best_step(channel, bits, grid, rule) for channel in x]
-        return torch.stack(steps).reshape(-1, *[1] * (x.dim() - 1))
+        return _channel_steps(x, bits, grid, rule).reshape(-1, *[1] * (x.dim() - 1))
     x = _as_distribution(x)
     _check_not_zero(x.max_abs)
     step = STEP_RULES[name](x, bits, grid, *arguments)
-    if not step > 0:
-        raise KureError(f"No step suits the tensor: the {bits}-bit grid {grid.name} has no levels on its side of zero.")
+    _check_positive(step, bits, grid)
     return torch.tensor(step, dtype=torch.float32)
 
 
@@ -240,9 +269,25 @@ def distortion(x: Tensor | EmpiricalDistribution, bits: int, grid: Format = MID_
     return mse_curve(x, best_step(x, bits, grid).item(), bits, grid).item() / x.variance
 
 
-def _check_not_zero(largest: float | Tensor) -> None:
+def _check_not_zero(largest: float | Tensor | np.floating) -> None:
     if largest == 0:
         raise KureError("Cannot choose a step for a tensor that is zero everywhere.")
+
+
+def _channel_steps(x: Tensor, bits: int, grid: Format, rule: str) -> Tensor:
+    """A step for each channel: those of least squared error in one search, by the other rules one after the other."""
+    if rule != "mse" or not x.numel():
+        return torch.stack([best_step(channel, bits, grid, rule) for channel in x])
+    rows = EmpiricalRows(x)
+    _check_not_zero(rows.max_abs.min())
+    steps = _mse_steps(rows, rows.max_abs, rows.mean_abs, bits, grid)
+    _check_positive(steps.min(), bits, grid)
+    return torch.from_numpy(steps).float()
+
+
+def _check_positive(step: float, bits: int, grid: Format) -> None:
+    if not step > 0:
+        raise KureError(f"No step suits the tensor: the {bits}-bit grid {grid.name} has no levels on its side of zero.")
 
 
 def _block_steps(x: Tensor, bits: int, grid: Format, rule: str, size: int) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kure_lib.findings import paper
 from kure_lib.paths import KureError
-from kure_lib.tensors import theory
+from kure_lib.tensors import samples, theory
 from kure_lib.tensors.grids import (
     CODEBOOKS,
     FP4_E2M1,
@@ -235,6 +235,31 @@ def test_steps_per_channel_are_those_of_the_rows(method):
     assert steps.shape == (6, 1, 1, 1)
     for row, step in zip(x, steps, strict=True):
         assert torch.equal(best_step(row, 3, rule=method), step.squeeze())
+
+
+@pytest.mark.parametrize("shape", [(40, 1, 3, 3), (24, 50), (5, 3000)], ids=str)
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
+def test_a_channel_has_the_same_step_in_company_and_alone(grid, shape, monkeypatch):
+    """To the last bit, from normal weights to two heaps of equal ones, and with and without the compiler."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    x[1:3] = x[1:3].sign() + 1e-3 * x[1:3]
+    x[3] = torch.linspace(-1, 1, x[3].numel()).reshape(x[3].shape)
+    for bits in (2, 4):
+        steps = best_step(x, bits, grid, scope=PER_CHANNEL).flatten()
+        assert steps.tolist() == [best_step(row, bits, grid).item() for row in x]
+        with monkeypatch.context() as patch:
+            patch.setattr(samples, "compiled", None)
+            assert torch.allclose(best_step(x, bits, grid, scope=PER_CHANNEL).flatten(), steps, rtol=1e-2)
+
+
+def test_a_channel_without_a_step_is_refused_in_company():
+    x = torch.randn(3, 30, generator=torch.Generator().manual_seed(8))
+    with pytest.raises(KureError, match="zero everywhere"):
+        best_step(torch.stack([x[0], 0 * x[1]]), 3, scope=PER_CHANNEL)
+    with pytest.raises(KureError, match=r"tensor of shape \(30,\).*infinite or NaN"):
+        best_step(torch.stack([x[0], x[1] / 0]), 3, scope=PER_CHANNEL)
+    with pytest.raises(KureError, match="no levels on its side of zero"):
+        best_step(torch.stack([x[0], -x[1].abs()]), 3, UNSIGNED, scope=PER_CHANNEL)
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
