@@ -221,4 +221,5 @@ NEEDS = {
     "15": {"main", "target", "coefficient", "scratch"},
     "16": {"main"},
     "17": {"main", "natural", "lengths"},
+    "19": {"main", "target", "coefficient", "rivals", "activations", "scratch", "schedules", "lengths", "natural"},
 }
