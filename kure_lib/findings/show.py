@@ -71,6 +71,11 @@ LINE: dict[str, dict[str, Any]] = {
     # other ways to choose the step of a tensor
     "third norm": {"color": "#8C6D00", "linestyle": ":", "marker": "v"},
     "re-estimated": {"color": "#5D3A9B", "linestyle": "-", "marker": "P"},
+    # statistics of weights that may foretell a loss
+    "mean kurtosis": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "highest kurtosis": {"color": "#56B4E9", "linestyle": "--", "marker": "s"},
+    "largest weight / σ": {"color": "#CC79A7", "linestyle": ":", "marker": "^"},
+    "distortion": {"color": "#D55E00", "linestyle": "-.", "marker": "D"},
     # published values beside ours
     "paper": {"color": "#000000", "linestyle": ":", "marker": "x"},
 }

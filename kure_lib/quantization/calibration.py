@@ -52,6 +52,23 @@ def observe(model: nn.Module, batch: Tensor) -> dict[str, EmpiricalDistribution]
     return seen
 
 
+@torch.inference_mode()
+def seen_by_norms(model: nn.Module, batch: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Variance and mean of every channel before each batch norm, in the order of their use, for images [N, C, H, W]."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: nn.Module, x: tuple[Tensor]) -> None:
+        found.append(torch.var_mean(x[0], (0, 2, 3)))
+
+    hooks = [each.register_forward_pre_hook(note) for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
+    try:
+        model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def activation_steps(observed: Mapping[str, EmpiricalDistribution], bits: int, rule: str = "mse") -> dict[str, Tensor]:
     """The step of every observed site on the `UNSIGNED` grid, chosen by `rule` (see `steps.best_step`).
 

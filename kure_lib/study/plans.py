@@ -52,6 +52,12 @@ class Planned:
         return self.config.quantization.name if self.config.quantization else ""
 
     @property
+    def setting(self) -> str:
+        """The key that the configuration would have with seed 0: runs that share it differ in their seeds alone."""
+        first = self.config.start and self.config.start.model_copy(update={"seed": 0})
+        return self.config.model_copy(update={"seed": 0, "start": first}).key
+
+    @property
     def target(self) -> float | None:
         """K_T, or None without KURE."""
         return self.config.regularizer.target if self.config.regularizer else None

@@ -53,6 +53,15 @@ class LayerSummary(Frozen):
         mean = np.average(centers, weights=self.counts)
         return max(-self.low, self.high) / float(np.average((centers - mean) ** 2, weights=self.counts)) ** 0.5
 
+    def quantiles(self, count: int = 2**15) -> torch.Tensor:
+        """As many values in ascending order, spread as the weights are and evenly within each bin: float64 of [count].
+
+        Their distortion at 2 to 4 bits is that of the weights to within a few per cent.
+        """
+        edges = np.linspace(self.low, self.high, len(self.counts) + 1)
+        below = np.concatenate([[0], np.cumsum(self.counts)]) / sum(self.counts)
+        return torch.from_numpy(np.interp((np.arange(count) + 0.5) / count, below, edges))
+
 
 def _known(evaluation: Evaluation) -> list:
     return [value for value in evaluation if value is not None]

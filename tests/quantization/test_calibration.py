@@ -357,3 +357,19 @@ def test_a_norm_computes_as_before_when_renewing_fails(network):
 def test_an_unknown_statistic_is_refused():
     with pytest.raises(KureError, match="reestimate_batch_norm"):
         QuantizationSpec(weight_bits=2, reestimate_batch_norm="medians")
+
+
+def test_norms_see_what_the_layers_before_them_put_out(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2)
+    ).eval()
+    batch = images[0].cpu()
+    seen = calibration.seen_by_norms(model, batch)
+    with torch.no_grad():
+        puts_out = [model[:1](batch), model[:4](batch)]
+    for (variance, mean), x in zip(seen, puts_out, strict=True):
+        channels = x.transpose(0, 1).flatten(1).numpy()
+        assert variance.numpy() == pytest.approx(channels.var(axis=1, ddof=1), rel=1e-4)
+        assert mean.numpy() == pytest.approx(channels.mean(axis=1), abs=1e-5)
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -1,6 +1,7 @@
 """The plan of each profile: which runs it has, where each starts, and how they are selected."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -75,6 +76,18 @@ def test_every_contender_is_tuned_on_the_same_images_and_never_on_those_it_is_te
         chosen = {"start": None, "held_out": 0, "train_size": None}
         assert run.arm not in {t.arm for t in tuned} or run.config.model_copy(update={"start": None}) in {
             t.config.model_copy(update=chosen) for t in tuned}  # fmt: skip
+
+
+def test_a_setting_is_shared_by_the_seeds_of_an_arm_and_by_nothing_else():
+    runs = plan("study").runs
+    assert all(run.setting == run.config.key for run in runs if run.seed == 0)
+    assert len({(run.setting, run.seed) for run in runs}) == len({run.config for run in runs})
+    of_setting = defaultdict(set)
+    for run in runs:
+        of_setting[run.setting].add((run.model, run.arm, run.part, run.target, run.coefficient, run.quantizer))
+    assert {len(places) for places in of_setting.values()} == {1}
+    main = {run.setting for run in runs if run.part == "main" and run.model == "resnet20"}
+    assert len(main) == len(("pretrained", "control", "kure"))
 
 
 @EVERY_PROFILE

@@ -26,7 +26,7 @@ from kure_lib.study import records, runs, views
 from kure_lib.study.plans import plan
 from kure_lib.study.records import Record
 from kure_lib.tensors.grids import grid_named
-from kure_lib.tensors.steps import PER_CHANNEL
+from kure_lib.tensors.steps import PER_CHANNEL, distortion
 from kure_lib.training import loop as training
 from kure_lib.training.configs import RunConfig
 
@@ -115,6 +115,11 @@ def test_the_layers_are_summarized(files, config):
         assert (layer.low, layer.high) == (weight.min(), weight.max())
         assert layer.counts == tuple(np.histogram(weight, 80, (layer.low, layer.high))[0])
         assert layer.reach == pytest.approx(np.abs(weight).max() / weight.std(), rel=2e-3)
+        values = layer.quantiles(2**14)
+        shares = np.histogram(values.numpy(), 80, (layer.low, layer.high))[0] / 2**14
+        assert np.abs(shares - np.array(layer.counts) / weight.size).max() < 1.01 / 2**14
+        for bits in (4, 2):
+            assert distortion(values, bits) == pytest.approx(distortion(torch.from_numpy(weight), bits), rel=0.05)
         assert sum(layer.counts) == weight.size
     assert record.mean_kurtosis == pytest.approx(np.mean([layer.kurtosis for layer in record.layers]))
     assert record.curves["kurtosis"][-1] == pytest.approx(record.mean_kurtosis, rel=1e-6)
