@@ -53,6 +53,8 @@ class QuantizationSpec(BaseModel):
         calibration: Number of training images from which activations, statistics and LAPQ's steps are learned.
         search: Number of evaluations of the loss that LAPQ's search may use; None for all other step rules.
         rounding: How weights lose bits when they are made from an 8-bit copy instead of the network's own.
+        reconstruction: How weights are rounded by what it does to each layer's output on calibration images, "gptq",
+            instead of to the nearest level. Activations stay in full precision meanwhile.
 
     >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
     '{"per_channel": true, "weight_bits": 3}'
@@ -74,6 +76,7 @@ class QuantizationSpec(BaseModel):
     calibration: int | None = Field(None, ge=1)
     search: int | None = Field(None, ge=1)
     rounding: str | None = None
+    reconstruction: Literal["gptq"] | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -81,7 +84,7 @@ class QuantizationSpec(BaseModel):
         """Where calibration images are needed, how many of them are taken is filled in, and LAPQ's search likewise."""
         rule = fields.get("step_rule")
         searched = {"calibration": IMAGES, "search": SEARCH} if rule == "lapq" else {}
-        needed = fields.get("activation_bits") or fields.get("reestimate_batch_norm")
+        needed = any(map(fields.get, ("activation_bits", "reestimate_batch_norm", "reconstruction")))
         calibrated = {"calibration": IMAGES} if needed and rule not in TRAINED_RULES else {}
         try:
             return validate({**calibrated, **searched, **fields})
@@ -106,10 +109,16 @@ class QuantizationSpec(BaseModel):
         elif self.step_rule == "lapq":
             if self.scope != PER_TENSOR:
                 raise KureError(f"LAPQ chooses one step a tensor, not {self.scope}: take another step rule or scope.")
+            if self.reconstruction:
+                raise KureError("LAPQ searches steps for rounding to the nearest level: leave reconstruction out.")
             if self.bits == Bits():
                 raise KureError("LAPQ needs something to quantize: give weight_bits, activation_bits or both.")
         else:
             parse_rule(self.step_rule, self.scope)
+        if self.reconstruction and self.weight_bits is None:
+            raise KureError(f"There are no weights to round by {self.reconstruction}: give weight_bits.")
+        if self.reconstruction and self.bias_correction:
+            raise KureError(f"Bias correction would move what {self.reconstruction} fits: leave bias_correction out.")
         if isinstance(self.grid, Codebook) and self.weight_bits is not None:
             self.grid.levels(self.weight_bits)  # raises for a bit-width that is not the format's
         return self

@@ -39,6 +39,7 @@ COLUMNS = {
     "calibration": "Number of training images that steps or statistics were learned from.",
     "search": "Number of evaluations of the loss that the search by `lapq` could use.",
     "rounding": "How weights lost bits when they were made from an 8-bit copy.",
+    "reconstruction": "How weights were rounded by each layer's output instead of to the nearest level: `gptq`.",
     "top1": "Top-1 accuracy, percent.",
     "loss": "Mean cross-entropy, nats.",
     "precision": "Arithmetic of the evaluation, where it is on record.",

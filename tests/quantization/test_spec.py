@@ -35,7 +35,9 @@ def test_a_grid_is_given_by_its_name_or_itself():
 
 def test_what_needs_calibration_images_names_their_number():
     assert QuantizationSpec(weight_bits=4).calibration is None
-    for fields in ({"activation_bits": 4}, {"step_rule": "lapq", "weight_bits": 4}, {"reestimate_batch_norm": True}):
+    reconstruction = {"reconstruction": "gptq", "weight_bits": 4}
+    for fields in ({"activation_bits": 4}, {"step_rule": "lapq", "weight_bits": 4}, {"reestimate_batch_norm": True},
+                   reconstruction):  # fmt: skip
         assert QuantizationSpec(**fields).calibration == IMAGES
         assert json.loads(QuantizationSpec(**fields, calibration=64).key)["calibration"] == 64
     assert QuantizationSpec(step_rule="lsq", weight_bits=4, activation_bits=4).calibration is None
@@ -80,6 +82,12 @@ def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
         (STORED | {"scope": per_block(8)}, "per tensor or per channel"),
         (STORED | {"step_ratio": 1.1}, "8-bit copy cannot take step_ratio"),
         (STORED | {"grid": MID_TREAD}, "8-bit copy cannot take grid"),
+        (STORED | {"reconstruction": "gptq"}, "8-bit copy cannot take reconstruction"),
+        ({"step_rule": "lsq", "weight_bits": 4, "reconstruction": "gptq"}, "by lsq cannot take reconstruction"),
+        ({"step_rule": "lapq", "weight_bits": 4, "reconstruction": "gptq"}, "nearest level: leave reconstruction out"),
+        ({"weight_bits": 4, "reconstruction": "gptq", "bias_correction": True}, "leave bias_correction out"),
+        ({"activation_bits": 4, "reconstruction": "gptq"}, "no weights to round by gptq: give weight_bits"),
+        ({"weight_bits": 4, "reconstruction": "obq"}, "reconstruction='obq'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(fields, said):
