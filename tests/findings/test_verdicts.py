@@ -14,7 +14,7 @@ from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 
 PAPER_CLAIMS = ["L1", "L2", "L3", "T4", "O1", "B1", "K1", "K2", "K3", "K4", "S1", "S2", "S3", "W1", "W2", "R1", "V1"]
-OURS = ["P1", "P2", *(f"M{n}" for n in range(1, 5)), *(f"N{n}" for n in range(1, 7))]
+OURS = ["P1", "P2", *(f"M{n}" for n in range(1, 5)), *(f"N{n}" for n in range(1, 7)), "G1", "G2"]
 QUESTIONS = [f"Q{number}" for number in range(1, 14) if number != 2]  # Q2 is S3
 FIRST, SECOND = "04_training", "09_rival_regularizers"  # judge Q8 together
 USUAL = {("more", "points"): 1, ("same", "points"): 0.5, ("same", "nats"): 0.02, ("more", "nats"): 0.02,
@@ -57,7 +57,7 @@ def test_a_claim_is_a_short_sentence_with_an_effect_and_a_margin(id):
     words = [word for word in claim.statement.split() if re.search(r"[^\W_]", word)]
     assert len(words) <= 12
     assert claim.is_question is (id in OURS + QUESTIONS)
-    assert claim.notebooks and all(re.fullmatch(r"(0\d|1[0-7])_[a-z_]+", stem) for stem in claim.notebooks)
+    assert claim.notebooks and all(re.fullmatch(r"(0\d|1[0-8])_[a-z_]+", stem) for stem in claim.notebooks)
 
 
 def test_another_margin_than_the_usual_one_has_its_reason():
@@ -257,7 +257,7 @@ def test_two_boards_count_and_link_existing_notebooks_only(tmp_path, monkeypatch
     assert text.startswith(
         "17 claims of the paper (profile `trial`): holds 0, mixed 0, undecided 0, fails 0, not tested"
     )
-    assert "24 questions of its readers (profile `trial`): yes 1, mixed 0, undecided 0, no 0, not tested 23." in text
+    assert "26 questions of its readers (profile `trial`): yes 1, mixed 0, undecided 0, no 0, not tested 25." in text
     (row,) = [line for line in text.splitlines() if line.startswith("| Q8 ")]
     assert "<summary>+2.2 ± 0.5 points (w3)</summary>Of 1 settings" in row and r"a\|b 1.</details>" in row
     assert row.endswith(f"| [04](notebooks/{FIRST}.ipynb) 09 |")
