@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from kure_lib.networks import device
 from kure_lib.paths import KureError
-from kure_lib.quantization import gptq
+from kure_lib.quantization import adaround, gptq
 from kure_lib.quantization.spec import QuantizationSpec
 
 BATCH = 64  # images at a time
@@ -19,11 +19,14 @@ BATCH = 64  # images at a time
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def rounded(model: nn.Module, name: str, step: Tensor, images: Tensor, spec: QuantizationSpec) -> Tensor:
+def rounded(
+    model: nn.Module, full: nn.Module, name: str, step: Tensor, images: Tensor, spec: QuantizationSpec
+) -> Tensor:
     """The weights of a layer on the grid of `spec`, rounded by `spec.reconstruction`.
 
     Args:
         model: The network, whose earlier layers are quantized already.
+        full: The same network in full precision; only AdaRound looks at it.
         name: The layer.
         step: Its step, of any shape that broadcasts against the weights.
         images: Calibration images [N, C, H, W].
@@ -34,9 +37,13 @@ def rounded(model: nn.Module, name: str, step: Tensor, images: Tensor, spec: Qua
     """
     layer = model.get_submodule(name)
     weight = layer.weight.detach()
-    matrix, steps = (_matrix(layer, each) for each in (weight, step.expand_as(weight)))
+    matrix, steps = (_matrix(layer, each) for each in (weight, step.expand_as(weight).clone()))
     seen = inputs(model, name, images)
-    levels = gptq.rounded(matrix, steps, spec.weight_bits, spec.grid, moment(layer, seen, seen))
+    given = matrix, steps, spec.weight_bits, spec.grid, moment(layer, seen, seen)
+    if spec.reconstruction == "gptq":
+        levels = gptq.rounded(*given)
+    else:
+        levels = adaround.rounded(*given, moment(layer, inputs(full, name, images), seen), spec.iterations)
     return torch.empty_like(weight).copy_(levels.reshape(weight.shape))  # in the layout of the weights
 
 

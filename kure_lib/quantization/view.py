@@ -195,6 +195,7 @@ def quantized(
         if spec.weight_bits is not None:
             chosen = quantized_layers(model, layers)
             stack.enter_context(restored(chosen))
+            full = copy.deepcopy(model) if spec.reconstruction else model
             for name, layer in chosen.items():
                 step = _final(name, steps[name], spec.step_ratio, spec).to(layer.weight.device)
                 if not _broadcasts(step, layer.weight):
@@ -203,7 +204,7 @@ def quantized(
                         f"of layer '{name}': give one number, or [C, 1, …, 1]."
                     )
                 if spec.reconstruction:  # in the network as it stands, with all layers before this one quantized
-                    weights = Values(layerwise.rounded(model, name, step, images, spec))
+                    weights = Values(layerwise.rounded(model, full, name, step, images, spec))
                 else:
                     weights = FakeQuantize(step, spec.weight_bits, spec.grid, spec.bias_correction)
                 parametrize.register_parametrization(layer, "weight", weights)

@@ -106,13 +106,13 @@ def test_a_convolution_is_the_linear_layers_of_its_groups_on_unfolded_patches(gr
     columns = unfold(x, 3, padding=1, stride=2).unflatten(1, (groups, -1))  # [N, groups, columns, positions]
     step = best_step(conv.weight, 3, scope=PER_CHANNEL)
     spec = QuantizationSpec(weight_bits=3, scope=PER_CHANNEL, reconstruction="gptq")
-    made = layerwise.rounded(nn.Sequential(conv), "0", step, x, spec)
+    made = layerwise.rounded(nn.Sequential(conv), conv, "0", step, x, spec)
     for group in range(groups):
         rows = slice(group * 8 // groups, (group + 1) * 8 // groups)
         linear = nn.Linear(len(columns[0, group]), 8 // groups, bias=False)
         linear.weight.data = conv.weight[rows].flatten(1).detach()
         seen = columns[:, group].mT  # [N, positions, columns]
-        own = layerwise.rounded(nn.Sequential(linear), "0", step[rows].flatten(1), seen, spec)
+        own = layerwise.rounded(nn.Sequential(linear), linear, "0", step[rows].flatten(1), seen, spec)
         assert torch.allclose(own, made[rows].flatten(1), atol=1e-6)
 
 

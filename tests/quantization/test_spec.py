@@ -53,6 +53,15 @@ def test_only_lapq_names_how_long_it_searches_and_the_usual_length_is_not_in_the
     assert QuantizationSpec.named(spec.key) == spec and QuantizationSpec.named(usual.key) == usual
 
 
+def test_only_adaround_names_its_iterations_and_the_usual_number_is_not_in_the_key():
+    usual, few = ({"weight_bits": 4, "reconstruction": "adaround"} | more for more in ({}, {"iterations": 30}))
+    assert QuantizationSpec(**usual).iterations == 1000 and "iterations" not in QuantizationSpec(**usual).key
+    assert json.loads(QuantizationSpec(**few).key)["iterations"] == 30
+    for spec in (QuantizationSpec(**usual), QuantizationSpec(**few)):
+        assert QuantizationSpec.named(spec.key) == spec
+    assert QuantizationSpec(weight_bits=4, reconstruction="gptq").iterations is None
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
     spec = QuantizationSpec(**STORED | {"rounding": rounding, "scope": PER_CHANNEL}, reestimate_batch_norm=True)
@@ -87,6 +96,9 @@ def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
         ({"step_rule": "lapq", "weight_bits": 4, "reconstruction": "gptq"}, "nearest level: leave reconstruction out"),
         ({"weight_bits": 4, "reconstruction": "gptq", "bias_correction": True}, "leave bias_correction out"),
         ({"activation_bits": 4, "reconstruction": "gptq"}, "no weights to round by gptq: give weight_bits"),
+        ({"weight_bits": 4, "grid": FP4_E2M1, "reconstruction": "adaround"}, "even grid, which fp4_e2m1 is not"),
+        ({"weight_bits": 4, "reconstruction": "gptq", "iterations": 9}, "Only AdaRound learns: leave iterations=9 out"),
+        ({"weight_bits": 4, "reconstruction": "adaround", "iterations": 0}, "iterations=0"),
         ({"weight_bits": 4, "reconstruction": "obq"}, "reconstruction='obq'"),
     ],
 )

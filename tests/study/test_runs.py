@@ -333,7 +333,7 @@ def test_weight_steps_are_chosen_once_for_all_specifications_that_share_them(fil
 def test_reconstructed_weights_are_shared_and_give_the_view_of_the_network(files, config, folded, monkeypatch):
     record, made = runs.find(config), []
     rounded = layerwise.rounded
-    monkeypatch.setattr(layerwise, "rounded", lambda *args: made.append(args[1]) or rounded(*args))
+    monkeypatch.setattr(layerwise, "rounded", lambda *args: made.append(args[2]) or rounded(*args))
     shared = {"weight_bits": 3, "reconstruction": "gptq", "calibration": 64, "fold_batch_norm": folded}
     specs = [QuantizationSpec(**shared, **fields) for fields in ({}, {"reestimate_batch_norm": True})]
     specs += [QuantizationSpec(**shared, activation_bits=4, activation_ratio=0.9)]
