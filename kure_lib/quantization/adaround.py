@@ -44,7 +44,8 @@ def rounded(
     low = position.floor()
     value = torch.logit((position - low + REACH) / (1 + 2 * REACH)).requires_grad_()
     nearest = quantize(weight, step, bits, grid) - weight
-    unit = ((nearest @ moment) * nearest).sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    unit = ((nearest @ moment) * nearest).sum()
+    unit = torch.where(unit > 0, unit, 1.0)  # weights that are levels already, or inputs that are always zero
     drift = weight @ (moment - cross)  # what the layers before have done to the output already
 
     def levels(up: Tensor) -> Tensor:

@@ -58,6 +58,13 @@ def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_the_nearest_leve
     assert torch.allclose(made[far], quantize(weight, step, 3, MID_RISE)[far])
 
 
+def test_weights_that_are_levels_stay_where_they_are():
+    weight, _, full, _ = drawn(0, MID_RISE, 3, PER_TENSOR)
+    levels, step = quantize(weight, 0.5, 3, MID_RISE)[None], torch.full((1, *weight.shape), 0.5)
+    moment = (full @ full.T / 200)[None]
+    assert torch.equal(adaround.rounded(levels, step, 3, MID_RISE, moment, moment, iterations=100), levels)
+
+
 def test_inputs_that_are_always_zero_leave_finite_levels():
     weight, step, *_ = drawn(0, MID_RISE, 3, PER_TENSOR)
     zero = torch.zeros(1, COLUMNS, COLUMNS)
