@@ -71,6 +71,10 @@ LINE: dict[str, dict[str, Any]] = {
     # other ways to choose the step of a tensor
     "third norm": {"color": "#8C6D00", "linestyle": ":", "marker": "v"},
     "re-estimated": {"color": "#5D3A9B", "linestyle": "-", "marker": "P"},
+    # rounding by layers' outputs
+    "gptq": {"color": "#882255", "linestyle": "-", "marker": "<"},
+    "gptq, re-estimated": {"color": "#882255", "linestyle": ":", "marker": ">"},
+    "adaround": {"color": "#999933", "linestyle": "-", "marker": "*"},
     # statistics of weights that may foretell a loss
     "mean kurtosis": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "highest kurtosis": {"color": "#56B4E9", "linestyle": "--", "marker": "s"},
@@ -94,7 +98,7 @@ NAME = {
     "int8": "INT8", "int4": "INT4", "int3": "INT3", "fp8_e4m3": "FP8 E4M3", "fp8_e5m2": "FP8 E5M2",
     "fp6_e2m3": "FP6 E2M3", "fp6_e3m2": "FP6 E3M2", "fp4_e2m1": "FP4 E2M1", "nf4": "NF4", "pot4": "power of two",
     "mxfp4": "MXFP4", "mxfp6": "MXFP6 E2M3", "nvfp4": "NVFP4",
-    "lapq": "LAPQ",
+    "lapq": "LAPQ", "gptq": "GPTQ", "gptq, re-estimated": "GPTQ, re-estimated", "adaround": "AdaRound",
 }  # fmt: skip
 
 

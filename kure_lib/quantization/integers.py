@@ -4,18 +4,17 @@ The full-precision weights are not part of it. The codes are two's complement: t
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from kure_lib.networks.layers import LatentWeight, quantized_layers, restored
+from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError, check_known
+from kure_lib.quantization import view
 from kure_lib.quantization.spec import ROUNDINGS, QuantizationSpec
-from kure_lib.quantization.view import weight_steps
 from kure_lib.tensors.grids import SIGNED_INT
 from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, best_step
 
@@ -83,7 +82,7 @@ def of(model: nn.Module, scope: Scope = PER_TENSOR) -> dict[str, Integers]:
     Raises `KureError` naming the layer if its weights cannot be quantized.
     """
     layers = quantized_layers(model)
-    steps = weight_steps(layers, QuantizationSpec(weight_bits=BITS, grid=SIGNED_INT, scope=scope))
+    steps = view.weight_steps(layers, QuantizationSpec(weight_bits=BITS, grid=SIGNED_INT, scope=scope))
     return {name: integers(layer.weight, BITS, steps[name].to(layer.weight.device)) for name, layer in layers.items()}
 
 
@@ -95,25 +94,6 @@ def kept_bytes(model: nn.Module, stored: Mapping[str, Integers] | None = None) -
     return WORD * (sum(value.numel() for value in floats) - replaced) + sum(each.bytes for each in stored.values())
 
 
-class _Values(LatentWeight):
-    """The parametrization that computes a layer's weights from integers, whatever the layer holds itself."""
-
-    def __init__(self, stored: Integers):
-        super().__init__()
-        self.values = stored.values
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.values
-
-
-@contextmanager
-def served(model: nn.Module, stored: Mapping[str, Integers]) -> Iterator[nn.Module]:
-    """The model computing with integer weights in place of its own; nothing is written into it.
-
-    Raises `KureError` if one of the layers is quantized already.
-    """
-    layers = quantized_layers(model)
-    with restored({name: layers[name] for name in stored}):
-        for name, each in stored.items():
-            parametrize.register_parametrization(layers[name], "weight", _Values(each))
-        yield model
+def served(model: nn.Module, stored: Mapping[str, Integers]) -> AbstractContextManager[nn.Module]:
+    """The model computing with integer weights in place of its own, as in `view.served`."""
+    return view.served(model, {name: each.values for name, each in stored.items()})

@@ -18,6 +18,7 @@ from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, Bits, Codebook, Format,
 from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule, per_block
 
 IMAGES = 512  # training images to calibrate with, as many as the paper's authors take
+ITERATIONS = 1000  # in which AdaRound learns to round a layer
 SEARCH = 400  # evaluations of the loss, in all, that LAPQ's search may use
 TRAINED_RULES = ("dorefa", "lsq")  # the quantizer that quantization-aware training left (see `training.qat`)
 
@@ -53,6 +54,9 @@ class QuantizationSpec(BaseModel):
         calibration: Number of training images from which activations, statistics and LAPQ's steps are learned.
         search: Number of evaluations of the loss that LAPQ's search may use; None for all other step rules.
         rounding: How weights lose bits when they are made from an 8-bit copy instead of the network's own.
+        reconstruction: How weights are rounded by what it does to each layer's output on calibration images, "gptq"
+            or "adaround", instead of to the nearest level. Activations stay in full precision meanwhile.
+        iterations: Steps in which AdaRound learns the rounding of a layer; None for all else.
 
     >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
     '{"per_channel": true, "weight_bits": 3}'
@@ -74,17 +78,20 @@ class QuantizationSpec(BaseModel):
     calibration: int | None = Field(None, ge=1)
     search: int | None = Field(None, ge=1)
     rounding: str | None = None
+    reconstruction: Literal["gptq", "adaround"] | None = None
+    iterations: int | None = Field(None, ge=1)
 
     @model_validator(mode="wrap")
     @classmethod
     def _name_calibration(cls, fields: Any, validate: Validate) -> "QuantizationSpec":
-        """Where calibration images are needed, how many of them are taken is filled in, and LAPQ's search likewise."""
+        """How many calibration images are taken is filled in where any are, and so are LAPQ's search and iterations."""
         rule = fields.get("step_rule")
         searched = {"calibration": IMAGES, "search": SEARCH} if rule == "lapq" else {}
-        needed = fields.get("activation_bits") or fields.get("reestimate_batch_norm")
+        learned = {"iterations": ITERATIONS} if fields.get("reconstruction") == "adaround" else {}
+        needed = any(map(fields.get, ("activation_bits", "reestimate_batch_norm", "reconstruction")))
         calibrated = {"calibration": IMAGES} if needed and rule not in TRAINED_RULES else {}
         try:
-            return validate({**calibrated, **searched, **fields})
+            return validate({**calibrated, **searched, **learned, **fields})
         except ValidationError as error:
             raise refusal("A specification", error) from None
 
@@ -92,6 +99,10 @@ class QuantizationSpec(BaseModel):
     def _check(self) -> "QuantizationSpec":
         if self.search is not None and self.step_rule != "lapq":
             raise KureError(f"Only LAPQ searches: leave search={self.search} out, or take step_rule='lapq'.")
+        if self.iterations is not None and self.reconstruction != "adaround":
+            raise KureError(
+                f"Only AdaRound learns: leave iterations={self.iterations} out, or take reconstruction='adaround'."
+            )
         if self.rounding:
             check_known("rounding", self.rounding, ROUNDINGS)
             self._allow_only(
@@ -106,10 +117,18 @@ class QuantizationSpec(BaseModel):
         elif self.step_rule == "lapq":
             if self.scope != PER_TENSOR:
                 raise KureError(f"LAPQ chooses one step a tensor, not {self.scope}: take another step rule or scope.")
+            if self.reconstruction:
+                raise KureError("LAPQ searches steps for rounding to the nearest level: leave reconstruction out.")
             if self.bits == Bits():
                 raise KureError("LAPQ needs something to quantize: give weight_bits, activation_bits or both.")
         else:
             parse_rule(self.step_rule, self.scope)
+        if self.reconstruction and self.weight_bits is None:
+            raise KureError(f"There are no weights to round by {self.reconstruction}: give weight_bits.")
+        if self.reconstruction and self.bias_correction:
+            raise KureError(f"Bias correction would move what {self.reconstruction} fits: leave bias_correction out.")
+        if self.reconstruction == "adaround" and isinstance(self.grid, Codebook):
+            raise KureError(f"AdaRound rounds up or down on an even grid, which {self.grid.name} is not: take a grid.")
         if isinstance(self.grid, Codebook) and self.weight_bits is not None:
             self.grid.levels(self.weight_bits)  # raises for a bit-width that is not the format's
         return self
@@ -145,8 +164,9 @@ class QuantizationSpec(BaseModel):
     def key(self) -> str:
         """The fields that are not at their defaults, as JSON: the name of the evaluation in its record."""
         fields = self.model_dump(exclude_defaults=True)
-        if self.search == SEARCH:  # the default of LAPQ
-            del fields["search"]
+        for name, usual in (("search", SEARCH), ("iterations", ITERATIONS)):  # the defaults of LAPQ and AdaRound
+            if fields.get(name) == usual:
+                del fields[name]
         renamed = {_KEY_NAMES.get(name, name): value for name, value in fields.items() if name != "scope"}
         if "grid" in fields:
             renamed["grid"] = self.grid.name

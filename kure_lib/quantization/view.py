@@ -12,7 +12,7 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrize
 from kure_lib.networks import activations
 from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
 from kure_lib.paths import KureError, check_known
-from kure_lib.quantization import calibration
+from kure_lib.quantization import calibration, layerwise
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
 from kure_lib.tensors.grids import UNSIGNED, Format
 from kure_lib.tensors.quantizers import quantize
@@ -45,6 +45,30 @@ class FakeQuantize(LatentWeight):
 
     def extra_repr(self) -> str:
         return f"{self.bits} bits, {self.grid.name}, step {tuple(self.step.shape)}"
+
+
+class Values(LatentWeight):
+    """The parametrization that gives a layer other weights, whatever it holds itself."""
+
+    def __init__(self, values: Tensor):
+        super().__init__()
+        self.values = values
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.values
+
+
+@contextmanager
+def served(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """The model computing with other weights, by the name of their layer; nothing is written into it.
+
+    Raises `KureError` if one of the layers is quantized already.
+    """
+    layers = quantized_layers(model)
+    with restored({name: layers[name] for name in weights}):
+        for name, values in weights.items():
+            parametrize.register_parametrization(layers[name], "weight", Values(values))
+        yield model
 
 
 def corrected(levels: Tensor, weight: Tensor) -> Tensor:
@@ -139,7 +163,7 @@ def quantized(
     Args:
         model: Network in full precision; with `fold_batch_norm` the view is of a folded copy.
         spec: How it is quantized; its fields may be given as keywords instead, as in `weight_bits=3`.
-        images: Calibration images [N, C, H, W] for activations and batch norms.
+        images: Calibration images [N, C, H, W] for activations, batch norms and reconstruction.
         layers: Names of the layers to quantize; the default is all but the first and the last.
         steps: Steps of layers and activation sites before any ratio, instead of choosing them by the rule of `spec`.
             A step changed in place takes effect at the next forward pass.
@@ -157,9 +181,9 @@ def quantized(
         spec = QuantizationSpec(**fields)
     elif fields or not isinstance(spec, QuantizationSpec):
         raise KureError("Quantize by a QuantizationSpec or by its fields as keywords, such as weight_bits=4.")
-    needs_images = spec.activation_bits is not None or spec.reestimate_batch_norm
+    needs_images = spec.activation_bits is not None or spec.reestimate_batch_norm or spec.reconstruction
     if needs_images and (images is None or not len(images)):
-        raise KureError("Activations and batch norms are calibrated on images: give at least one.")
+        raise KureError("Activations, batch norms and reconstruction are calibrated on images: give at least one.")
     if spec.rounding or spec.step_rule in TRAINED_RULES:
         raise KureError(f"The specification {spec.key} is about how a run was trained or stored: evaluate its record.")
     model = folded(model) if spec.fold_batch_norm else model
@@ -171,6 +195,7 @@ def quantized(
         if spec.weight_bits is not None:
             chosen = quantized_layers(model, layers)
             stack.enter_context(restored(chosen))
+            full = copy.deepcopy(model) if spec.reconstruction else model
             for name, layer in chosen.items():
                 step = _final(name, steps[name], spec.step_ratio, spec).to(layer.weight.device)
                 if not _broadcasts(step, layer.weight):
@@ -178,8 +203,11 @@ def quantized(
                         f"A step of shape {tuple(step.shape)} does not suit the weights {tuple(layer.weight.shape)} "
                         f"of layer '{name}': give one number, or [C, 1, …, 1]."
                     )
-                fake_quantize = FakeQuantize(step, spec.weight_bits, spec.grid, spec.bias_correction)
-                parametrize.register_parametrization(layer, "weight", fake_quantize)
+                if spec.reconstruction:  # in the network as it stands, with all layers before this one quantized
+                    weights = Values(layerwise.rounded(model, full, name, step, images, spec))
+                else:
+                    weights = FakeQuantize(step, spec.weight_bits, spec.grid, spec.bias_correction)
+                parametrize.register_parametrization(layer, "weight", weights)
         if spec.activation_bits is not None:
             quantizer = _quantizer(site_steps, spec.activation_bits, {first, last})
             stack.enter_context(activations.replaced(model, quantizer))

@@ -190,6 +190,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "15": {"weight_bits": [3], "calibration": 32, "search": 30},
         "16": {"images": 32, "shown": 200},
         "17": {"bits_shown": [3, 2]},
+        "18": {"seeds": [0], "bits_shown": [3, 2], "calibration": 32, "search": 30, "iterations": 20},
         "19": {"images": 32},
     },
     "quick": {
@@ -200,8 +201,15 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "13": {"settings": "3/FP 4/4", "calibration": 64},
         "14": {"seeds": [1], "bits": [4, 2], "images": 2000},
         "15": {"weight_bits": [3], "calibration": 64},
+        "18": {"seeds": [0], "calibration": 64, "iterations": 200},
     },
-    "imagenet": {"12": {"seeds": [1, 1, 1]}, "14": {"seeds": [1, 1, 1]}, "16": {"images": 8}, "19": {"images": 8}},
+    "imagenet": {
+        "12": {"seeds": [1, 1, 1]},
+        "14": {"seeds": [1, 1, 1]},
+        "16": {"images": 8},
+        "18": {"seeds": [0]},
+        "19": {"images": 8},
+    },
 }
 
 #: Parts of the plan that a notebook reads; a notebook that is not named here trains nothing.
@@ -222,5 +230,6 @@ NEEDS = {
     "15": {"main", "target", "coefficient", "scratch"},
     "16": {"main"},
     "17": {"main", "natural", "lengths"},
+    "18": {"main"},
     "19": {"main", "target", "coefficient", "rivals", "activations", "scratch", "schedules", "lengths", "natural"},
 }

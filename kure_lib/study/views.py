@@ -7,6 +7,7 @@ from functools import lru_cache
 from torch import Tensor, nn
 
 from kure_lib.networks import activations, device
+from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration, integers, lapq, view
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
@@ -24,6 +25,8 @@ def quantized(record: Record, spec: QuantizationSpec) -> AbstractContextManager[
         return _as_trained(record, spec)
     if spec.rounding:
         return _from_master(record, spec)
+    if spec.reconstruction:
+        return _reconstructed(record, spec)
     steps = _steps(record, _choosing(spec))
     unfolded = spec.model_copy(update={"fold_batch_norm": False})  # the record keeps its folded network
     return view.quantized(record.network(spec.fold_batch_norm), unfolded, _images(record, spec), steps=steps)
@@ -31,7 +34,9 @@ def quantized(record: Record, spec: QuantizationSpec) -> AbstractContextManager[
 
 def _choosing(spec: QuantizationSpec) -> QuantizationSpec:
     """What of a specification steps are chosen by, so that those which differ in other fields share them."""
-    later = ("step_ratio", "activation_ratio", "power_of_two", "bias_correction", "reestimate_batch_norm")
+    later = (
+        "step_ratio", "activation_ratio", "power_of_two", "bias_correction", "reestimate_batch_norm", "reconstruction",
+    )  # fmt: skip
     unused = () if spec.activation_bits or spec.step_rule == "lapq" else ("calibration",)
     fields = QuantizationSpec.model_fields
     return spec.model_copy(update={name: fields[name].default for name in (*later, *unused)})
@@ -48,6 +53,25 @@ def _steps(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
 
 def _images(record: Record, spec: QuantizationSpec) -> Tensor | None:
     return calibration.images(record.config.data, spec.calibration)[0] if spec.calibration else None
+
+
+@contextmanager
+def _reconstructed(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module]:
+    """The network with its rounded weights, which views that differ in other fields share; they take a while."""
+    alone = {"activation_bits": None, "reestimate_batch_norm": False, "activation_ratio": 1.0}
+    weights = _rounded(record, spec.model_copy(update=alone))
+    rest = quantized(record, spec.model_copy(update={"weight_bits": None, "reconstruction": None}))
+    with view.served(record.network(spec.fold_batch_norm), weights), rest as network:
+        yield network
+
+
+@lru_cache(maxsize=2)
+def _rounded(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
+    """The weights of every quantized layer, by name."""
+    network, steps = record.network(spec.fold_batch_norm), _steps(record, _choosing(spec))
+    unfolded = spec.model_copy(update={"fold_batch_norm": False})
+    with view.quantized(network, unfolded, _images(record, spec), steps=steps) as rounded:
+        return {name: layer.weight for name, layer in quantized_layers(rounded).items()}
 
 
 def _as_trained(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.Module]:

@@ -35,7 +35,9 @@ def test_a_grid_is_given_by_its_name_or_itself():
 
 def test_what_needs_calibration_images_names_their_number():
     assert QuantizationSpec(weight_bits=4).calibration is None
-    for fields in ({"activation_bits": 4}, {"step_rule": "lapq", "weight_bits": 4}, {"reestimate_batch_norm": True}):
+    reconstruction = {"reconstruction": "gptq", "weight_bits": 4}
+    for fields in ({"activation_bits": 4}, {"step_rule": "lapq", "weight_bits": 4}, {"reestimate_batch_norm": True},
+                   reconstruction):  # fmt: skip
         assert QuantizationSpec(**fields).calibration == IMAGES
         assert json.loads(QuantizationSpec(**fields, calibration=64).key)["calibration"] == 64
     assert QuantizationSpec(step_rule="lsq", weight_bits=4, activation_bits=4).calibration is None
@@ -49,6 +51,15 @@ def test_only_lapq_names_how_long_it_searches_and_the_usual_length_is_not_in_the
     spec = QuantizationSpec(weight_bits=4, step_rule="lapq", search=30)
     assert json.loads(spec.key) == short | {"calibration": IMAGES}
     assert QuantizationSpec.named(spec.key) == spec and QuantizationSpec.named(usual.key) == usual
+
+
+def test_only_adaround_names_its_iterations_and_the_usual_number_is_not_in_the_key():
+    usual, few = ({"weight_bits": 4, "reconstruction": "adaround"} | more for more in ({}, {"iterations": 30}))
+    assert QuantizationSpec(**usual).iterations == 1000 and "iterations" not in QuantizationSpec(**usual).key
+    assert json.loads(QuantizationSpec(**few).key)["iterations"] == 30
+    for spec in (QuantizationSpec(**usual), QuantizationSpec(**few)):
+        assert QuantizationSpec.named(spec.key) == spec
+    assert QuantizationSpec(weight_bits=4, reconstruction="gptq").iterations is None
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
@@ -80,6 +91,15 @@ def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
         (STORED | {"scope": per_block(8)}, "per tensor or per channel"),
         (STORED | {"step_ratio": 1.1}, "8-bit copy cannot take step_ratio"),
         (STORED | {"grid": MID_TREAD}, "8-bit copy cannot take grid"),
+        (STORED | {"reconstruction": "gptq"}, "8-bit copy cannot take reconstruction"),
+        ({"step_rule": "lsq", "weight_bits": 4, "reconstruction": "gptq"}, "by lsq cannot take reconstruction"),
+        ({"step_rule": "lapq", "weight_bits": 4, "reconstruction": "gptq"}, "nearest level: leave reconstruction out"),
+        ({"weight_bits": 4, "reconstruction": "gptq", "bias_correction": True}, "leave bias_correction out"),
+        ({"activation_bits": 4, "reconstruction": "gptq"}, "no weights to round by gptq: give weight_bits"),
+        ({"weight_bits": 4, "grid": FP4_E2M1, "reconstruction": "adaround"}, "even grid, which fp4_e2m1 is not"),
+        ({"weight_bits": 4, "reconstruction": "gptq", "iterations": 9}, "Only AdaRound learns: leave iterations=9 out"),
+        ({"weight_bits": 4, "reconstruction": "adaround", "iterations": 0}, "iterations=0"),
+        ({"weight_bits": 4, "reconstruction": "obq"}, "reconstruction='obq'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(fields, said):

@@ -18,7 +18,7 @@ from scipy.stats import kurtosis as scipy_kurtosis
 from kure_lib.networks import data, device, evaluation
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import ROOT, KureError
-from kure_lib.quantization import calibration
+from kure_lib.quantization import calibration, layerwise
 from kure_lib.quantization import integers as master
 from kure_lib.quantization import view as ptq
 from kure_lib.quantization.spec import ROUNDINGS, QuantizationSpec
@@ -332,6 +332,25 @@ def test_weight_steps_are_chosen_once_for_all_specifications_that_share_them(fil
         with ptq.quantized(record.network(), spec, images) as model:
             assert evaluation.evaluate(model, split) == result
     assert len(set(results)) == len(results)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_reconstructed_weights_are_shared_and_give_the_view_of_the_network(files, config, folded, monkeypatch):
+    record, made = runs.find(config), []
+    rounded = layerwise.rounded
+    monkeypatch.setattr(layerwise, "rounded", lambda *args: made.append(args[2]) or rounded(*args))
+    shared = {"weight_bits": 3, "reconstruction": "gptq", "calibration": 64, "fold_batch_norm": folded}
+    specs = [QuantizationSpec(**shared, **fields) for fields in ({}, {"reestimate_batch_norm": True})]
+    specs += [QuantizationSpec(**shared, activation_bits=4, activation_ratio=0.9)]
+    views._rounded.cache_clear()
+    results = [runs.evaluate(record, spec) for spec in specs]
+    assert made == list(quantized_layers(record.network()))  # once for all three
+    images, split = calibration.images("fashion_mnist", 64)[0], data.load("fashion_mnist", "test").head(256)
+    for spec, result in zip(specs, results, strict=True):
+        with ptq.quantized(record.network(), spec, images) as model:
+            assert evaluation.evaluate(model, split) == result
+    assert len(set(results)) == 3 - folded  # a folded network has no statistics to renew
+    assert evaluation.evaluate(record.network(), split) == runs.evaluate(record)
 
 
 # Check mode
