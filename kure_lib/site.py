@@ -233,7 +233,8 @@ def _explorer(found: pd.DataFrame) -> str:
 def _pipeline(row: Mapping[Any, Any]) -> str:
     """Everything that the other menus do not say, in words."""
     rule = STEP_RULES.get(row["step_rule"]) or row["step_rule"].replace("aciq", "ACIQ").replace("lp:", "Lp error, p = ")
-    made = [f"from an 8-bit copy ({row['rounding']})"] if row["rounding"] and pd.notna(row["rounding"]) else []
+    made = [f"from an 8-bit copy ({row['rounding']})"] if pd.notna(row["rounding"]) else []
+    made += [f"rounded by {show.NAME[row['reconstruction']]}"] if pd.notna(row["reconstruction"]) else []
     which = {"means": " (means alone)", "variances": " (variances alone)"}
     done = [words + which.get(row[name], "") for name, words in STEPS_OF.items() if row[name]]
     return ", ".join([rule, *done, *made])
