@@ -26,7 +26,7 @@ from kure_lib.networks import device
 from kure_lib.networks.data import SOURCES
 from kure_lib.paths import KureError
 from kure_lib.study import plans, records, runs
-from kure_lib.study.plans import Plan
+from kure_lib.study.plans import Plan, Planned
 from kure_lib.study.profiles import ONLY_TRAINED, PARAMETERS
 from kure_lib.study.records import Record
 from kure_lib.training.configs import RunConfig
@@ -89,8 +89,16 @@ def _runs(planned: Plan, found: Mapping[RunConfig, Record | None], times: Mappin
 def _books(planned: Plan, stems: Iterable[str]) -> str:
     """A row for each notebook: how many runs it reads, and of which parts."""
     runs = {stem: plans.needed(planned, [stem]).runs for stem in stems}
-    rows = [(stem, ", ".join(dict.fromkeys(run.part for run in read)), len(read)) for stem, read in runs.items()]
+    every = plans.plan(planned.profile).runs
+    rows = [(stem, _parts(read, every), len(read)) for stem, read in runs.items()]
     return _plain(pd.DataFrame(rows, columns=["notebook", "reads the parts", "runs"]), text=2)
+
+
+def _parts(read: Iterable[Planned], every: Iterable[Planned]) -> str:
+    """The parts that some runs belong to, or all but those that they do not, whichever is said in fewer letters."""
+    named, known = (dict.fromkeys(run.part for run in runs) for runs in (read, every))
+    others = [part for part in known if part not in named]
+    return min(", ".join(named), f"all but {', '.join(others)}" if others else "all", key=len)
 
 
 def _plain(table: pd.DataFrame, text: int) -> str:
