@@ -103,15 +103,17 @@ def test_two_machines_train_what_one_process_does_bit_for_bit(cluster, alone):
 def test_a_killed_worker_goes_on_to_the_same_weights(cluster, alone, capsys):
     planned = tiny_plan(epochs=12)
     kure = planned.runs[-1].config
-    name = records.run_name(kure)
+    name, killed = records.run_name(kure), []
 
     def kill() -> None:
         (worker,) = [p for p in psutil.process_iter(["cmdline"]) if f"ray::{name}" in (p.info["cmdline"] or ())]
         worker.kill()
+        killed.append(worker.pid)
 
     killer = when(records.checkpoint_path(kure).exists, kill)
     driver.train(planned, cluster=cluster.address)
     killer.join()
+    assert killed, "the run was over before its worker could be killed"
     said = capsys.readouterr().out
     assert said.count(f"{name} epoch 1/12") == 1, "it goes on where it was"
     assert digests(planned) == alone(planned)

@@ -50,13 +50,12 @@ def mse_step(x: EmpiricalDistribution, bits: int, grid: Format) -> float:
     parabola in Δ between two steps at which some value changes its cell. A first scan finds the deepest valleys, finer
     scans follow each of them, and the iteration Δ = Σ x·code / Σ code² ends at the bottom of the parabola.
     """
-    return float(_mse_steps(x, np.array([x.max_abs]), np.array([x.mean_abs]), bits, grid)[0])
+    return float(_mse_steps(x, bits, grid)[0])
 
 
-def _mse_steps(
-    x: EmpiricalDistribution | EmpiricalRows, max_abs: np.ndarray, mean_abs: np.ndarray, bits: int, grid: Format
-) -> np.ndarray:
-    """`mse_step` of each of C distributions, [C], of which largest and mean magnitudes are given, all at once."""
+def _mse_steps(x: EmpiricalDistribution | EmpiricalRows, bits: int, grid: Format) -> np.ndarray:
+    """`mse_step` of each of C distributions, [C], all at once; of one, C is 1."""
+    max_abs, mean_abs = np.atleast_1d(x.max_abs), np.atleast_1d(x.mean_abs)
     widest = 2 * max_abs / grid.outermost(bits)
     points = COARSE * (DENSER if isinstance(grid, Codebook) else 1)
     steps = np.geomspace(widest * np.minimum(0.1, mean_abs / (4 * max_abs)), widest, points, axis=-1)
@@ -280,7 +279,7 @@ def _channel_steps(x: Tensor, bits: int, grid: Format, rule: str) -> Tensor:
         return torch.stack([best_step(channel, bits, grid, rule) for channel in x])
     rows = EmpiricalRows(x)
     _check_not_zero(rows.max_abs.min())
-    steps = _mse_steps(rows, rows.max_abs, rows.mean_abs, bits, grid)
+    steps = _mse_steps(rows, bits, grid)
     _check_positive(steps.min(), bits, grid)
     return torch.from_numpy(steps).float()
 

@@ -56,7 +56,7 @@ TARGETS = {
 
 GROWTH = {
     "kure": "KURE term of one tensor, forward and backward",
-    "steps": "its steps of least squared error at 2, 3, 4, 5, 6 and 8 bits",
+    "steps": "steps of least squared error of one tensor at 2, 3, 4, 5, 6 and 8 bits",
 }
 
 
@@ -80,8 +80,8 @@ class Growth:
 
     def cells(self) -> list[list[str]]:
         return [
-            [GROWTH[self.name], f"{n:,}", f"{1000 * t:,.3g} ms", f"{1e9 * t / n:.2f} ns", f"{b / 2**20:,.0f} MiB",
-             f"{b / (4 * n):.1f}" if n >= 10**6 else "–"]
+            [GROWTH[self.name], f"{n:,}", f"{1000 * t:,.3g} ms", f"{1e9 * t / n:.2f} ns", 
+             f"{max(b, 0) / 2**20:,.0f} MiB", f"{b / (4 * n):.1f}" if n >= 10**6 else "–"]
             for n, t, b in zip(self.sizes, self.seconds, self.bytes, strict=True)
         ]  # fmt: skip
 
