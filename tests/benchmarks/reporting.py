@@ -80,7 +80,7 @@ class Growth:
 
     def cells(self) -> list[list[str]]:
         return [
-            [GROWTH[self.name], f"{n:,}", f"{1000 * t:,.3g} ms", f"{1e9 * t / n:.2f} ns", 
+            [GROWTH[self.name], f"{n:,}", f"{1000 * t:,.3g} ms", f"{1e9 * t / n:.2f} ns",
              f"{max(b, 0) / 2**20:,.0f} MiB", f"{b / (4 * n):.1f}" if n >= 10**6 else "–"]
             for n, t, b in zip(self.sizes, self.seconds, self.bytes, strict=True)
         ]  # fmt: skip
