@@ -36,7 +36,7 @@ class Recipe:
     where `held_out` is not zero also tuned, on that many images held out; `schedules` are other learning rates for
     control and KURE, with `schedule_seeds`; `lengths` are other numbers of epochs of pre-training for the three main
     arms, with `length_seeds`. `part` is that of the three main arms: `main`, or `natural` for a network on natural
-    images, which has a notebook of its own.
+    images, which has a notebook of its own, or `group_norm` for one whose norms are no batch norms.
     """
 
     model: str
@@ -140,6 +140,7 @@ SCHEDULES = (
 )
 
 TINY = {"train_size": 1024, "epochs": 2}
+GROUP_NORM = {"model": "resnet20_group_norm", "part": "group_norm"}
 SWEEP: dict[str, Any] = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 0.3, 3.0)}
 
 PROFILES: dict[str, tuple[Recipe, ...]] = {
@@ -148,6 +149,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
               quantizers=(("dorefa 4/4", 1), ("lsq 4/4", 1)), contenders=CONTENDERS, rival_seeds=1,
               schedules=SCHEDULES[:1], schedule_seeds=1, lengths=(4,), length_seeds=1),
         _with(SMALL_MOBILENET, TINY, TINY, coefficients=(0.1,)),
+        _with(SMALL_RESNET, TINY, TINY, **GROUP_NORM),
     ),
     "quick": (
         _with(SMALL_RESNET, {"epochs": 4}, {"epochs": 3}, targets=(3.0,), coefficients=(0.1,),
@@ -163,6 +165,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
               contenders=ONCE_DIFFERENTIABLE, rival_seeds=1,
               quantizers=(("dorefa 4/8", 1), ("lsq 4/8", 1))),
+        _with(SMALL_RESNET, seeds=5, **GROUP_NORM),
         NATURAL,
     ),
     "imagenet": (
@@ -228,7 +231,7 @@ NEEDS = {
     "13": {"main", "qat"},
     "14": {"main"},
     "15": {"main", "target", "coefficient", "scratch"},
-    "16": {"main"},
+    "16": {"main", "group_norm"},
     "17": {"main", "natural", "lengths"},
     "18": {"main"},
     "19": {"main", "target", "coefficient", "rivals", "activations", "scratch", "schedules", "lengths", "natural"},

@@ -14,7 +14,7 @@ from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 
 PAPER_CLAIMS = ["L1", "L2", "L3", "T4", "O1", "B1", "K1", "K2", "K3", "K4", "S1", "S2", "S3", "W1", "W2", "R1", "V1"]
-OURS = ["P1", "P2", *(f"M{n}" for n in range(1, 5)), *(f"N{n}" for n in range(1, 7)), "G1", "G2", "F1", "F2"]
+OURS = ["P1", "P2", *(f"M{n}" for n in range(1, 6)), *(f"N{n}" for n in range(1, 7)), "G1", "G2", "F1", "F2"]
 QUESTIONS = [f"Q{number}" for number in range(1, 14) if number != 2]  # Q2 is S3
 FIRST, SECOND = "04_training", "09_rival_regularizers"  # judge Q8 together
 USUAL = {("more", "points"): 1, ("same", "points"): 0.5, ("same", "nats"): 0.02, ("more", "nats"): 0.02,

@@ -149,7 +149,7 @@ def test_the_seed_decides_the_initial_weights(name):
 
 
 def test_an_unknown_name_is_told_the_known_ones():
-    with pytest.raises(KureError, match=r"'vgg16'.*resnet20, mobilenet_v2_050, resnet18, resnet50, mobilenet_v2"):
+    with pytest.raises(KureError, match=r"'vgg16'.*resnet20, resnet20_group_norm, mobilenet_v2_050, .*mobilenet_v2"):
         models.build("vgg16", 3, 10)
 
 
@@ -216,3 +216,18 @@ def test_dense_gradient_is_the_identity_with_the_same_gradient_laid_out_like_ima
     assert seen[0].is_contiguous(memory_format=torch.channels_last) and 0 not in seen[0].stride()
     assert layer(x.detach()).grad_fn is None
     assert not list(layer.parameters()) and not layer.state_dict()
+
+
+def test_a_network_with_group_norms_does_not_feel_how_long_its_weights_are():
+    """What quantization takes from the variance of a channel a group norm gives back, as it divides by it."""
+    torch.manual_seed(0)
+    model, x = models.build("resnet20_group_norm", 1, 10).eval(), torch.randn(4, 1, 28, 28)
+    before = model(x)
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert {norm.num_channels // norm.num_groups for norm in norms} == {8}
+    assert not [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.mul_(3)
+    assert torch.allclose(model(x), before, atol=1e-3)

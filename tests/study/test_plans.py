@@ -23,9 +23,13 @@ def test_the_profiles_have_the_runs_of_the_design():
     tuning = 1 + 2 * 3 + 5 * (3 + 2) + 2 * (4 + 2) + (5 + 2)
     rivals = 12 * 3 + 2 * 2 * 2 + tuning
     assert counts == {
-        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2 + 3,
+        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2 + 3 + 3,
         "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1) + (3 * 3 + 4 + 2 * 2 + 9) + rivals + (3 * 3 + 2 * 3),
+        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1)
+        + (3 * 3 + 4 + 2 * 2 + 9)
+        + rivals
+        + 5 * 3
+        + (3 * 3 + 2 * 3),
         "imagenet": 3 * 3 + (3 + 1),
         "large": (3 * 3 + 4 + 2 * 2 * 3 + 3 * 3) + 3 * 3,
     }
@@ -134,7 +138,7 @@ def test_the_study_has_the_large_profiles_resnet_as_a_part_that_is_asked_for_by_
     assert {run.config for run in natural} <= large
     assert [run.config.epochs for run in natural if run.part == "natural" and run.arm == "pretrained"] == [24] * 3
     assert [run.config.epochs for run in natural if run.part == "lengths" and run.arm == "pretrained"] == [6, 12]
-    assert plan("study").networks == [*plan("study").models, "resnet18"]
+    assert plan("study").networks == [*plan("study").models, "resnet20_group_norm", "resnet18"]
     assert not set(plan("study").select(arm=["control", "kure"])) & set(natural)
 
 
