@@ -28,7 +28,7 @@ def test_the_profiles_have_the_runs_of_the_design():
         "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1)
         + (3 * 3 + 4 + 2 * 2 + 9)
         + rivals
-        + 5 * 3
+        + 3 * 3
         + (3 * 3 + 2 * 3),
         "imagenet": 3 * 3 + (3 + 1),
         "large": (3 * 3 + 4 + 2 * 2 * 3 + 3 * 3) + 3 * 3,
