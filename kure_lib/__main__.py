@@ -128,7 +128,7 @@ def _run(asked: argparse.Namespace) -> int:
         if asked.test:
             return 0 if test() else 1
         if asked.bench:
-            return _python("-m", "pytest", "-m", "benchmark", "tests/benchmarks")
+            return _python("-m", "pytest", "-m", "benchmark and not slow", "tests/benchmarks")
         if asked.faults:
             every = ("-m", "not benchmark", "--faults", str(asked.faults))
             return _python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/faults", *every)
