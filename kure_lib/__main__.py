@@ -46,12 +46,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", choices=PROFILES, default="quick", help="scale of the study, see below")
     parser.add_argument("--only", nargs="+", metavar="NN", help="these notebooks only, as in --only 05 07")
     parser.add_argument("--fresh", action="store_true", help="ignore what is on record, train it anew")
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="train N networks at the same time")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="train and evaluate N networks at a time")
     parser.add_argument("--gpus-per-run", type=_positive, metavar="N", help="let N GPUs of this machine share every "
                         "run and each of its batches")  # fmt: skip
     parser.add_argument("--open", action="store_true", help="show the site in a browser when it is built")
-    parser.add_argument("--cluster", metavar="ADDRESS", help="train on a Ray cluster: its address, or auto for the one "
-                        "that this machine is part of")  # fmt: skip
+    parser.add_argument("--cluster", metavar="ADDRESS", help="train and evaluate on a Ray cluster: its address, or "
+                        "auto for the one that this machine is part of")  # fmt: skip
     parser.add_argument("--conda", action="store_true", help="take Python from conda, mamba or micromamba")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="show what would run and for how long")
@@ -128,7 +128,7 @@ def _run(asked: argparse.Namespace) -> int:
         if asked.test:
             return 0 if test() else 1
         if asked.bench:
-            return _python("-m", "pytest", "-m", "benchmark", "tests/benchmarks")
+            return _python("-m", "pytest", "-m", "benchmark and not slow", "tests/benchmarks")
         if asked.faults:
             every = ("-m", "not benchmark", "--faults", str(asked.faults))
             return _python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/faults", *every)

@@ -1,10 +1,10 @@
-"""A profile carried out: what is missing is trained, the notebooks are executed, the site is built."""
+"""A profile carried out: what is missing is trained and evaluated, notebooks are executed, the site is built."""
 
 import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -24,14 +24,17 @@ from tqdm import tqdm
 from kure_lib import engine, files, notebooks, paths
 from kure_lib.networks import device
 from kure_lib.networks.data import SOURCES
+from kure_lib.networks.evaluation import Evaluation
 from kure_lib.paths import KureError
-from kure_lib.study import plans, records, runs
+from kure_lib.quantization.spec import QuantizationSpec
+from kure_lib.study import plans, records, runs, views
 from kure_lib.study.plans import Plan, Planned
 from kure_lib.study.profiles import ONLY_TRAINED, PARAMETERS
 from kure_lib.study.records import Record
 from kure_lib.training.configs import RunConfig
 
 COMMITTED = paths.ROOT / "results" / "study" / "records"  # tell how long an epoch takes
+SHOWN = 10  # reasons why evaluations failed, at most
 MINUTE = 60.0  # seconds between two lines of progress where there is no terminal
 WIDTH = 100  # columns of a terminal, at most
 TRAINING_IMAGES = {name: source.training_images for name, source in SOURCES.items()}
@@ -62,7 +65,10 @@ def describe(profile: str, only: Iterable[str] | None = None) -> str:
     ]
     lines.append(f"{len(found) - len(missing)} of {len(found)} runs are on record.")
     lines += [f"Training the others takes {_duration(missing)}."] if missing else []
-    lines += ["No notebook reads this profile yet."] if profile in ONLY_TRAINED else []
+    if profile in ONLY_TRAINED:
+        lines.append("No notebook reads this profile yet.")
+    elif missing_evaluations := sum(map(len, _asked(stems, profile).values())):
+        lines.append(f"Evaluations to make for the notebooks: {missing_evaluations}.")
     blocks = [_runs(planned, found, times)] if planned.runs else []
     blocks.append("\n".join(fill(line, WIDTH, break_on_hyphens=False) for line in lines))
     blocks += [] if profile in ONLY_TRAINED else [_books(planned, stems)]
@@ -257,8 +263,76 @@ def train(planned: Plan, jobs: int | None = None, cluster: str | None = None) ->
             )
             for name, config in missing.items()
         ]  # fmt: skip
-        where = engine.Cluster(cluster, jobs) if cluster else engine.Pool(_places(min(jobs or workers(), len(tasks))))
-        engine.run(tasks, where, report, finish)
+        engine.run(tasks, _engine(tasks, jobs, cluster), report, finish)
+
+
+def evaluate(missing: runs.Missing, jobs: int | None = None, cluster: str | None = None) -> None:
+    """Make evaluations that are not on record, several at once, by processes as those of `train`, with one bar.
+
+    A task makes those of a run that share chosen steps, the longest first. What fails is told on stderr and spares the
+    others; a notebook comes to it again. Raises `KureError` for a task whose process is lost, as `train` does.
+    """
+    parts: dict[tuple[RunConfig, QuantizationSpec], list[QuantizationSpec]] = defaultdict(list)
+    for config, specs in missing.items():
+        for spec in specs.values():
+            parts[config, views.choosing(spec)].append(spec)
+    if not parts:
+        return
+    longest_first = sorted(
+        parts.items(), key=lambda part: part[0][1].search or part[0][1].iterations or 0, reverse=True
+    )
+    seen: Counter[str] = Counter()
+    failed: dict[str, None] = {}  # in order, each once
+    total, printed = sum(map(len, parts.values())), time.monotonic()
+    with tqdm(total=total, unit="evaluation", desc="evaluations", disable=None, smoothing=0.05) as bar:
+
+        def begin(config: RunConfig) -> tuple | None:
+            try:
+                return runs.to_evaluate(config)
+            except KureError as error:
+                failed[str(error)] = None
+                return None
+
+        def report(name: str, number: int) -> None:
+            nonlocal printed
+            bar.update(number - seen[name])
+            seen[name] = number
+            if bar.disable and time.monotonic() - printed >= MINUTE:
+                printed = time.monotonic()
+                print(f"evaluations: {seen.total()} of {total}", flush=True)
+
+        def finish(name: str, result: tuple[RunConfig, dict[str, Evaluation], list[str]]) -> None:
+            config, made, wrong = result
+            runs.add(config, made)
+            failed.update(dict.fromkeys(wrong))
+
+        if bar.disable:
+            print(f"evaluations to make: {total}", flush=True)
+        tasks = [
+            engine.Task(f"{records.run_name(config)} under {specs[0].key}", partial(runs.evaluate_elsewhere, specs),
+                        inputs=partial(begin, config))
+            for (config, _), specs in longest_first
+        ]  # fmt: skip
+        engine.run(tasks, _engine(tasks, jobs, cluster), report, finish)
+    if failed:
+        paths.say("\n".join(["Evaluations failed and are left to notebooks, for such reasons:", *list(failed)[:SHOWN]]))
+
+
+def _engine(tasks: Sequence[engine.Task], jobs: int | None, cluster: str | None) -> engine.Engine:
+    return engine.Cluster(cluster, jobs) if cluster else engine.Pool(_places(min(jobs or workers(), len(tasks))))
+
+
+def _asked(stems: Iterable[str], profile: str) -> runs.Missing:
+    """The evaluations that these notebooks declare and that are not on record."""
+    with runs.asking() as missing:
+        for stem in stems:
+            notebooks.ask(stem, {"profile": profile, **PARAMETERS.get(profile, {}).get(stem[:2], {})})
+    return missing
+
+
+def _evaluations(planned: Plan) -> int:
+    """How many are on record."""
+    return sum(len(record.evaluations) for run in planned.runs if (record := records.find(run.config)))
 
 
 class _Lines:
@@ -339,14 +413,14 @@ def run(
     jobs: int | None = None,
     cluster: str | None = None,
 ) -> Path:
-    """Train what is missing, execute the notebooks, build the site.
+    """Train what is missing, make the evaluations that notebooks declare, execute these, build the site.
 
     Args:
         profile: The scale, a name in `profiles.PROFILES`.
         only: Numbers or names of notebooks, which then are the only ones executed; only the runs they need are trained.
         fresh: Whether to delete the profile's records of these runs first.
-        jobs: How many runs are trained, and notebooks executed, at once; `workers()` if None.
-        cluster: The address of a Ray cluster to train on, or "auto"; notebooks are executed here.
+        jobs: How many runs are trained and evaluated, and notebooks executed, at once; `workers()` if None.
+        cluster: The address of a Ray cluster to train and evaluate on, or "auto"; notebooks are executed here.
 
     Returns:
         The path of the site's first page.
@@ -371,7 +445,12 @@ def run(
                 for each in chosen.runs:
                     records.forget(each.config)
             train(chosen, jobs, cluster)
+            if not paths.checking():
+                evaluate(_asked(stems, profile), jobs, cluster)
+            before = _evaluations(chosen)
             failed = _execute_all(stems, profile, jobs or workers())
+            if alone := _evaluations(chosen) - before:
+                print(f"evaluations made by notebooks, which no cell tagged `needs` asks for: {alone}", flush=True)
             page = site.build(profile, failed)
     except Timeout:
         sentence = f"Another study is writing to {paths.results()}: wait until it is done, or stop it."

@@ -121,7 +121,7 @@ def run(
 def _killed(tasks: Iterable[Task]) -> KureError:
     names = " or ".join(task.name for task in tasks)
     return KureError(f"The process of {names} was killed, perhaps for want of memory: start again with a smaller "
-                     "--jobs; a run goes on from its last epoch.")  # fmt: skip
+                     "--jobs; what was finished is kept, and a run goes on from its last epoch.")  # fmt: skip
 
 
 class Pool:

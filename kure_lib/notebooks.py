@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from textwrap import indent
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 from filelock import FileLock
@@ -30,6 +32,7 @@ from kure_lib.paths import KureError
 TIMEOUT = 3600  # seconds, for one cell
 GRACE = 120  # seconds more for the whole notebook, so that its kernel can start and end
 LOOK = 5  # seconds between two looks at its progress
+PARAMETERS, NEEDS = "parameters", "needs"  # tags of the cells that say what is evaluated; see `ask`
 READING = "reading"  # tag of a text cell that is about the committed study
 COMMITTED_STUDY = "**In the committed study:**"
 TAIL = 12  # lines of a traceback worth showing
@@ -107,6 +110,24 @@ def execute(
         files.write_atomically(destination, read)
         partial.unlink()
     return destination
+
+
+def ask(stem: str, parameters: Mapping[str, object]) -> None:
+    """Carry out the cells of a notebook tagged `parameters` and `needs`, within `runs.asking`: what will it evaluate?
+
+    It is check mode, so that no result is written. A statement may fail where it draws from what is not evaluated yet,
+    and spares the next; so what depends on a result is not found. A notebook that cannot be read asks for nothing, and
+    its execution says why.
+    """
+    names: dict[str, Any] = {}
+    quiet = warnings.catch_warnings(action="ignore")
+    with quiet, suppress(Exception), open(os.devnull, "w") as nowhere, patch.dict(os.environ, KURE_CHECK="1"):
+        for cell in json.loads((paths.NOTEBOOKS / f"{stem}.ipynb").read_bytes())["cells"]:
+            tags = {PARAMETERS, NEEDS} & set(cell["metadata"].get("tags", ()))
+            for statement in ast.parse("".join(cell["source"])).body if tags else ():
+                with suppress(Exception), redirect_stdout(nowhere), redirect_stderr(nowhere):
+                    exec(compile(ast.Module([statement], []), stem, "exec"), names)
+            names |= parameters if PARAMETERS in tags else {}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A Ray cluster of two machines, played by two node processes on this one: the same weights, whatever is killed.
+"""A Ray cluster of two machines, played by two node processes on this one: the same results, whatever is killed.
 
 The machines share no results: the driver alone reads and writes. Run by `pytest -m cluster tests/test_cluster.py`.
 """
@@ -13,7 +13,8 @@ import psutil
 import pytest
 from helpers import TINY
 
-from kure_lib import driver
+from kure_lib import driver, engine
+from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import records, runs
 from kure_lib.study.plans import KURE, Plan, Planned
 from kure_lib.training.configs import RunConfig
@@ -98,6 +99,18 @@ def test_two_machines_train_what_one_process_does_bit_for_bit(cluster, alone):
     planned = tiny_plan()
     driver.train(planned, cluster=cluster.address)
     assert digests(planned) == alone(planned)
+
+
+def test_two_machines_evaluate_what_one_process_does_to_the_last_bit(cluster, results_folder, monkeypatch):
+    monkeypatch.setattr(engine, "Pool", None)
+    configs = [runs.get(run.config).config for run in tiny_plan().runs[:2]]
+    specs = [QuantizationSpec(), *(QuantizationSpec(weight_bits=3, step_ratio=ratio) for ratio in (0.8, 1.0))]
+    driver.evaluate({config: {spec.key: spec for spec in specs} for config in configs}, cluster=cluster.address)
+    for record in map(records.find, configs):
+        made = dict(record.evaluations)
+        record.evaluations.clear()
+        records.write(record)
+        assert made == {spec.key: runs.evaluate(record, spec) for spec in specs}
 
 
 def test_a_killed_worker_goes_on_to_the_same_weights(cluster, alone, capsys):

@@ -14,11 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 import nbformat
 import pytest
 from filelock import FileLock
-from helpers import TINY, same_weights
+from helpers import TINY, Losing, same_weights
 
 from kure_lib import driver, engine, notebooks, paths
 from kure_lib.networks import data, device
 from kure_lib.paths import KureError
+from kure_lib.quantization.spec import PIPELINES, QuantizationSpec
 from kure_lib.study import records, runs
 from kure_lib.study.plans import KURE, Plan, Planned, plan
 from kure_lib.study.records import Record
@@ -374,6 +375,108 @@ def test_a_second_study_on_the_same_results_is_refused(results_folder, monkeypat
         driver.run("smoke")
 
 
+# Evaluations in several processes
+
+
+def quantized(**options) -> QuantizationSpec:
+    return QuantizationSpec(**{"weight_bits": 3, **options})
+
+
+LAPQ = {"step_rule": "lapq", "calibration": 32, "search": 5}
+SPECS = [
+    QuantizationSpec(), quantized(), quantized(step_ratio=0.8), quantized(activation_bits=4, calibration=32),
+    quantized(**PIPELINES["practice"], calibration=32), quantized(**LAPQ), quantized(**LAPQ, step_ratio=1.2),
+    quantized(reconstruction="gptq", calibration=32),
+]  # fmt: skip
+BAD = quantized(step_rule="lsq")  # no run here was trained with it
+
+
+@pytest.fixture
+def network(results_folder) -> RunConfig:
+    """A run on record."""
+    return runs.get(RunConfig(model="resnet20", **BASE)).config
+
+
+def keyed(specs) -> dict[str, QuantizationSpec]:
+    return {spec.key: spec for spec in specs}
+
+
+def test_tasks_evaluate_what_one_process_does_to_the_last_bit(network, results_folder, workers, monkeypatch, capsys):
+    again = {network: keyed(SPECS)}
+    driver.evaluate(again, jobs=2)
+    assert capsys.readouterr().out.startswith(f"evaluations to make: {len(SPECS)}\n")
+    assert len(workers) == 1 and not multiprocessing.active_children()
+    made = records.find(network).evaluations
+    record = records.find(network)
+    record.evaluations.clear()
+    records.write(record)
+    assert {spec.key: runs.evaluate(record, spec) for spec in SPECS} == made
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", None)
+    driver.evaluate({})  # nothing is missing: no process is started
+
+
+def test_specifications_that_share_searched_steps_are_one_task_and_begin_first(network, monkeypatch):
+    made = []
+    monkeypatch.setattr(engine, "run", lambda tasks, *rest: made.extend(tasks))
+    monkeypatch.setattr(driver, "_engine", lambda *arguments: None)
+    driver.evaluate({network: keyed(SPECS)})
+    shared = [[spec.key for spec in task.work.args[0]] for task in made]
+    assert sorted(map(sorted, shared)) == sorted(
+        [sorted(spec.key for spec in SPECS if spec in group) for group in (
+            SPECS[:1], [SPECS[i] for i in (1, 2, 7)], SPECS[3:4], SPECS[4:5], SPECS[5:7])]
+    )  # fmt: skip
+    assert shared[0] == [spec.key for spec in SPECS[5:7]] and len({task.name for task in made}) == len(made)
+
+
+def test_an_evaluation_that_fails_is_one_sentence_and_spares_the_others(network, workers, capsys):
+    lost = network.model_copy(update={"seed": 1})
+    records.weights_path(runs.get(lost).config).unlink()
+    driver.evaluate({network: keyed([quantized(), BAD, quantized(step_ratio=0.8)]), lost: keyed(SPECS)}, jobs=1)
+    head, *reasons = capsys.readouterr().err.splitlines()
+    assert head == "Evaluations failed and are left to notebooks, for such reasons:" and len(reasons) == 2
+    assert reasons[0].startswith(f"The weights {records.weights_path(lost)} are missing: restore them")
+    assert reasons[1].startswith(f"{network.label} under {BAD.key}: ") and "was not trained with lsq" in reasons[1]
+    assert set(records.find(network).evaluations) == {quantized().key, quantized(step_ratio=0.8).key}
+    assert not records.find(lost).evaluations
+
+
+def test_a_worker_that_is_killed_while_it_evaluates_loses_its_task_alone(network, workers):
+    long = quantized(**LAPQ | {"search": 100_000, "calibration": 512})
+    missing = {network: keyed([long, quantized()]), network.model_copy(update={"seed": 1}): keyed([quantized()])}
+    runs.get(list(missing)[1])
+
+    def kill():
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not all(records.find(config).evaluations for config in missing):
+            time.sleep(0.1)
+        for process in list(workers[0]._processes):
+            os.kill(process, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(KureError, match=re.escape(long.key) + ".* was killed.*what was finished is kept"):
+        driver.evaluate(missing, jobs=2)
+    killer.join()
+    assert [list(records.find(config).evaluations) for config in missing] == [[quantized().key]] * 2
+
+
+def test_an_engine_that_loses_tasks_makes_every_evaluation_and_counts_each_once(network, monkeypatch, clock, capsys):
+    specs = [quantized(), quantized(step_ratio=0.8)]
+    losing = Losing(**{f"{records.run_name(network)} under {specs[0].key}": 2})
+    monkeypatch.setattr(driver, "_engine", lambda *arguments: losing)
+    work = runs.evaluate_elsewhere
+
+    def slow(specs, report, *inputs):
+        clock[0] += driver.MINUTE
+        return work(specs, report, *inputs)
+
+    monkeypatch.setattr(runs, "evaluate_elsewhere", slow)
+    driver.evaluate({network: keyed(specs)})
+    assert len(losing.begun) == 3 and losing.ended
+    assert set(records.find(network).evaluations) == set(keyed(specs))
+    assert capsys.readouterr().out.splitlines() == ["evaluations to make: 2", "evaluations: 1 of 2"]
+
+
 # Notebooks
 
 
@@ -412,3 +515,49 @@ def test_a_notebook_that_fails_spares_the_others_and_the_site(results_folder, tm
     }  # fmt: skip
     index = (folder / "site" / "index.html").read_text()
     assert "ZeroDivisionError: division by zero" in index
+
+
+ASKS = """
+import pandas as pd
+from kure_lib import QuantizationSpec, show, study
+record = study.get(study.RunConfig.model_validate_json({config!r}))
+"""
+MEASURES = """
+for bits in (4, bits_wanted):
+    print(study.evaluate(record, QuantizationSpec(weight_bits=bits)).top1)
+1 / 0 if study.evaluate(record).top1 != study.evaluate(record).top1 else None
+show.table(pd.DataFrame({"made": [1]}), "made")
+"""
+MORE = "print(study.evaluate(record, QuantizationSpec(weight_bits=2)).top1)"
+
+
+def test_what_notebooks_declare_is_evaluated_before_and_what_they_do_not_is_told(
+    results_folder, workers, tmp_path, monkeypatch, capsys
+):
+    planned = tiny_plan()
+    monkeypatch.setattr(driver.plans, "needed", lambda *arguments: Plan("smoke", planned.runs[:1]))
+    monkeypatch.setitem(driver.PARAMETERS, "smoke", {"05": {"bits_wanted": 3}})
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
+    paths.NOTEBOOKS.mkdir()
+    config = planned.runs[0].config.model_dump_json(by_alias=True)
+    cells = book(ASKS.format(config=config), MEASURES, MORE)
+    cells.cells[0].source += "\nbits_wanted = 8  # int: of the weights"
+    for cell in cells.cells[1:3]:
+        cell.metadata.tags = ["needs"]
+    nbformat.write(cells, paths.NOTEBOOKS / "05_asks.ipynb")
+    execute, seen = notebooks.execute, []
+
+    def look(*arguments, **options):
+        seen.append(set(records.find(planned.runs[0].config).evaluations))
+        assert not (paths.results() / "tables").exists(), "asking writes nothing"
+        return execute(*arguments, **options)
+
+    monkeypatch.setattr(notebooks, "execute", look)
+    driver.run("smoke", jobs=2)
+    declared = {QuantizationSpec(weight_bits=bits).key for bits in (None, 4, 3)}
+    assert seen == [declared]
+    assert set(records.find(planned.runs[0].config).evaluations) == {*declared, QuantizationSpec(weight_bits=2).key}
+    said = capsys.readouterr().out
+    assert "evaluations to make: 3\n" in said
+    assert "evaluations made by notebooks, which no cell tagged `needs` asks for: 1\n" in said
+    assert (paths.results() / "tables" / "made.csv").exists()

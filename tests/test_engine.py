@@ -4,12 +4,11 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from functools import partial
-from queue import Queue
 
 import psutil
 import pytest
+from helpers import Losing
 
 from kure_lib import engine
 from kure_lib.paths import KureError
@@ -102,30 +101,6 @@ def test_a_killed_process_is_one_sentence_that_names_its_task(tasks, noting):
     assert "\n" not in str(error.value)
     assert not multiprocessing.active_children()
     assert time.monotonic() - begun < 600  # the time for which the task would have gone on
-
-
-class Losing:
-    """An engine in this process that loses every task so many times before it carries it out."""
-
-    at_once, retries = 2, 3
-
-    def __init__(self, **losses):
-        self.losses, self.reports, self.begun, self.ended = losses, Queue(), [], False
-
-    def submit(self, task, inputs):
-        self.begun.append((task.name, *inputs))
-        future = Future()
-        if sum(name == task.name for name, *_ in self.begun) <= self.losses.get(task.name, 0):
-            future.set_exception(engine.Lost())
-        else:
-            future.set_result(task.work(lambda *values: self.reports.put((task.name, *values)), *inputs))
-        return future
-
-    def error(self, future):
-        return future.exception()
-
-    def cancel(self):
-        self.ended = True
 
 
 def numbered(name, after=None):

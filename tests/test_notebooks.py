@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shutil
+from contextlib import suppress
 from functools import cache
 from statistics import median
 
@@ -14,7 +15,8 @@ from kure_lib import notebooks, paths
 from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 from kure_lib.quantization.spec import QuantizationSpec
-from kure_lib.study.plans import plan
+from kure_lib.study import runs
+from kure_lib.study.plans import needed, plan
 
 STUDY = paths.ROOT / "results" / "study"
 
@@ -107,6 +109,44 @@ def test_its_links_lead_somewhere(stem):
     text = "\n".join(cell.source for cell in read(stem).cells if cell.cell_type == "markdown")
     targets = [target for target in re.findall(r"\]\(([^)\s#]+)", text) if "://" not in target]
     assert [target for target in targets if not (paths.NOTEBOOKS / target).exists()] == []
+
+
+def test_every_cell_that_evaluates_declares_it(stem):
+    evaluating = [cell for cell in code(stem) if re.search(r"\.measure\(|study\.evaluate\(", cell.source)]
+    declared = tagged(stem, notebooks.NEEDS)
+    assert [cell.id for cell in evaluating if cell not in declared] == []
+    assert bool(declared) == bool(evaluating)
+
+
+#: Names from cells without the tag that statements of tagged ones ask for, which evaluate nothing.
+OTHERS = {"04": ["different"], "10": ["shape", "medians", "long"], "13": ["KEYS"]}
+
+
+def test_what_it_declares_is_on_record_and_complete(stem, monkeypatch):
+    """No statement of these cells lacks anything from a cell without the tag, but for those that evaluate nothing."""
+    failed = []
+
+    class Noting(suppress):
+        def __exit__(self, kind, error, traceback):
+            failed.extend([str(error)] if error else [])
+            return super().__exit__(kind, error, traceback)
+
+    monkeypatch.setattr(notebooks, "suppress", Noting)
+    monkeypatch.setenv("KURE_PROFILE", "study")
+    monkeypatch.delenv("KURE_RESULTS", raising=False)
+    with runs.asking() as missing:
+        notebooks.ask(stem, {"profile": "study"})
+    assert missing == {}
+    assert set(failed) == {f"name {name!r} is not defined" for name in OTHERS.get(stem[:2], [])}
+
+
+def test_it_asks_for_runs_of_the_parts_that_it_reads_and_writes_nothing(stem, results_folder):
+    planned = plan("study")
+    with runs.asking() as missing:
+        notebooks.ask(stem, {"profile": "study"})
+    assert missing.keys() <= {run.config for run in needed(planned, [stem]).runs}
+    assert bool(missing) == bool(tagged(stem, notebooks.NEEDS))
+    assert not list(results_folder.parent.iterdir())
 
 
 def test_exactly_the_claims_of_these_notebooks_have_a_verdict():

@@ -224,7 +224,7 @@ NEEDS = {
     "06": {"main", "qat"},
     "07": {"main"},
     "08": {"main", "qat"},
-    "09": {"main", "target", "coefficient", "rivals", "tuning", "schedules"},
+    "09": {"main", "target", "coefficient", "rivals", "tuning", "schedules", "scratch"},
     "10": {"main", "activations"},
     "11": {"main", "target"},
     "12": {"main"},

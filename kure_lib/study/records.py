@@ -103,6 +103,10 @@ class Record(Frozen):
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained parameters and buffers in float32; `KureError` if their file is missing or damaged."""
+        return self.unpacked(self.packed())
+
+    def packed(self) -> bytes:
+        """The weights as their file holds them; `KureError` if it is missing or damaged."""
         path = weights_path(self.config)
         if not path.is_file():
             raise KureError(f"The weights {path} are missing: restore them, or delete the record of the same "
@@ -114,10 +118,15 @@ class Record(Frozen):
         if hashlib.sha256(content).hexdigest() != self.weights_sha256:
             raise KureError(f"The weights {path} are damaged (their SHA-256 is not the record's): restore them, "
                             "or delete the record of the same name to train the run again.")  # fmt: skip
+        return content
+
+    def unpacked(self, content: bytes) -> dict[str, torch.Tensor]:
+        """The weights in float32; `KureError` if `content` is no safetensors file."""
         try:
             kept = safetensors.torch.load(content)
             return {name: v.float() if v.dtype == torch.float16 else v for name, v in kept.items()}
         except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            path = weights_path(self.config)
             raise KureError(f"The weights {path} are no safetensors file ({in_words(error)}): delete them and the "
                             "record of the same name to train the run again.") from None  # fmt: skip
 

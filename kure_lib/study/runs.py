@@ -8,7 +8,9 @@ mode nothing is computed, and what is missing is an error.
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, evaluation
 from kure_lib.networks.evaluation import Evaluation
 from kure_lib.networks.layers import quantized_layers, regularized_layers
-from kure_lib.paths import KureError, checking, say
+from kure_lib.paths import KureError, checking, in_words, say
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import views
 from kure_lib.study.records import (
@@ -40,6 +42,9 @@ BINS = 80  # of a layer's histogram
 EVALUATION_WAIT = 600  # seconds for which an evaluation waits for one of the same network in another process
 FULL_PRECISION = QuantizationSpec()
 
+Missing = dict[RunConfig, dict[str, QuantizationSpec]]  # evaluations that are not on record, of each run by their keys
+_asked: Missing | None = None  # what is noted within `asking`
+
 
 def get(config: RunConfig, on_epoch: Callable[[int, dict[str, float]], None] = lambda epoch, values: None) -> Record:
     """The record of a configuration; where there is none the run is trained, after the one it starts from.
@@ -47,6 +52,8 @@ def get(config: RunConfig, on_epoch: Callable[[int, dict[str, float]], None] = l
     An interrupted run goes on from its last finished epoch, and one that another process is training is waited for.
     Raises `KureError` in check mode if there is no record.
     """
+    if _asked is not None:
+        return _as_asked(config)
     if record := find(config):
         return record
     if checking():
@@ -148,6 +155,9 @@ def evaluate(record: Record, spec: QuantizationSpec = FULL_PRECISION) -> Evaluat
     """
     if spec.key in record.evaluations:
         return record.evaluations[spec.key]
+    if _asked is not None:
+        _asked.setdefault(record.config, {})[spec.key] = spec
+        return Evaluation(math.nan, math.nan)
     if checking():
         raise KureError(
             f"{record_path(record.config)} does not hold the evaluation {spec.key}: nothing is evaluated in check "
@@ -157,16 +167,78 @@ def evaluate(record: Record, spec: QuantizationSpec = FULL_PRECISION) -> Evaluat
         kept = find(record.config)
         record.evaluations.update(kept.evaluations if kept else {})
         if spec.key not in record.evaluations:
-            record.check_data()
-            _, split = loop.splits(record.config)
-            with views.quantized(record, spec) as model:
-                result = evaluation.evaluate(model, split)
-            if not math.isfinite(result.loss):
-                raise KureError(f"The loss of {record.config.label} under {spec.key} is {result.loss}, so it is not "
-                                "kept: its steps are too large or too small; take ratios nearer to 1.")  # fmt: skip
-            record.evaluations[spec.key] = result
+            record.evaluations[spec.key] = _evaluation(record, spec)
             write(record)
     return record.evaluations[spec.key]
+
+
+def _evaluation(record: Record, spec: QuantizationSpec) -> Evaluation:
+    """On one thread, as a run is trained, so that it does not depend on the number of cores."""
+    record.check_data()
+    _, split = loop.splits(record.config)
+    with device.single_thread(), views.quantized(record, spec) as model:
+        result = evaluation.evaluate(model, split)
+    if not math.isfinite(result.loss):
+        raise KureError(f"The loss of {record.config.label} under {spec.key} is {result.loss}, so it is not "
+                        "kept: its steps are too large or too small; take ratios nearer to 1.")  # fmt: skip
+    return result
+
+
+def to_evaluate(config: RunConfig) -> tuple[bytes, bytes]:
+    """What `evaluate_elsewhere` takes last: the record of a run without its evaluations, and its weights."""
+    record = get(config)
+    return record.model_dump_json(by_alias=True, exclude={"evaluations", "digest"}).encode(), record.packed()
+
+
+def evaluate_elsewhere(
+    specs: Iterable[QuantizationSpec], report: Callable[[int], None], content: bytes, weights: bytes
+) -> tuple[RunConfig, dict[str, Evaluation], list[str]]:
+    """Evaluate a run in another process, perhaps of another machine, which writes no results.
+
+    `report` is called after each evaluation with the number of them. Returns the run and its evaluations, as `add`
+    takes them, and what went wrong with the others.
+    """
+    made: dict[str, Evaluation] = {}
+    failed: list[str] = []
+    record = Record.model_validate_json(content)
+    vars(record)["weights"] = record.unpacked(weights)  # else they would be read from their file
+    for number, spec in enumerate(specs, start=1):
+        try:
+            made[spec.key] = _evaluation(record, spec)
+        except Exception as error:  # of any class: it spares the others
+            failed.append(f"{record.config.label} under {spec.key}: {in_words(error)}.")
+        report(number)
+    return record.config, made, failed
+
+
+def add(config: RunConfig, evaluations: Mapping[str, Evaluation]) -> None:
+    """Keep evaluations in the record of a run, beside those that other processes have added meanwhile."""
+    with locked(config, wait=EVALUATION_WAIT):
+        if record := find(config):
+            record.evaluations.update(evaluations)
+            write(record)
+
+
+@contextmanager
+def asking() -> Iterator[Missing]:
+    """Within the block nothing is trained or evaluated: what is not on record is noted in what is yielded, and is NaN.
+
+    A run without a record has an empty one.
+    """
+    global _asked
+    _asked = {}
+    try:
+        yield _asked
+    finally:
+        _asked = None
+        _as_asked.cache_clear()
+
+
+@cache
+def _as_asked(config: RunConfig) -> Record:
+    return find(config) or Record(
+        key=config.key, config=config, curves={}, layer_kurtosis={}, layers=[], weights_sha256="", provenance={}
+    )
 
 
 def _summaries(model: nn.Module) -> list[LayerSummary]:

@@ -27,12 +27,12 @@ def quantized(record: Record, spec: QuantizationSpec) -> AbstractContextManager[
         return _from_master(record, spec)
     if spec.reconstruction:
         return _reconstructed(record, spec)
-    steps = _steps(record, _choosing(spec))
+    steps = _steps(record, choosing(spec))
     unfolded = spec.model_copy(update={"fold_batch_norm": False})  # the record keeps its folded network
     return view.quantized(record.network(spec.fold_batch_norm), unfolded, _images(record, spec), steps=steps)
 
 
-def _choosing(spec: QuantizationSpec) -> QuantizationSpec:
+def choosing(spec: QuantizationSpec) -> QuantizationSpec:
     """What of a specification steps are chosen by, so that those which differ in other fields share them."""
     later = (
         "step_ratio", "activation_ratio", "power_of_two", "bias_correction", "reestimate_batch_norm", "reconstruction",
@@ -68,7 +68,7 @@ def _reconstructed(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module
 @lru_cache(maxsize=2)
 def _rounded(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
     """The weights of every quantized layer, by name."""
-    network, steps = record.network(spec.fold_batch_norm), _steps(record, _choosing(spec))
+    network, steps = record.network(spec.fold_batch_norm), _steps(record, choosing(spec))
     unfolded = spec.model_copy(update={"fold_batch_norm": False})
     with view.quantized(network, unfolded, _images(record, spec), steps=steps) as rounded:
         return {name: layer.weight for name, layer in quantized_layers(rounded).items()}

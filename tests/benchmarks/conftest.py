@@ -1,35 +1,24 @@
-"""Fixtures of the benchmarks; what they measured is printed, and kept if the run was complete.
+"""Fixtures of the benchmarks; what they measured is printed, and a table that is whole is also kept.
 
-`pytest -m benchmark tests/benchmarks` runs them; a run of all tests leaves them out. `--rounds 1` is a trial that shows
-whether everything works; its numbers, and those of a selection with -k, are shown and not kept.
+`pytest -m benchmark tests/benchmarks` measures everything but what takes longer than a coffee, `test_commands.py`.
+`--trial` measures once and shows that everything works; its numbers, and those of a selection with -k, are not kept.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from measuring import limits, machine, seconds, slug
-from reporting import (
-    GROWTH,
-    TARGETS,
-    Growth,
-    Row,
-    content,
-    growth_content,
-    growth_markdown,
-    markdown,
-    save,
-    update_page,
-)
+from measuring import Side, Taken, limits, machine, slug, turns
+from reporting import TABLES, Table, save, update_page
 
 from kure_lib import paths
 
-ROWS = pytest.StashKey[dict[str, Row]]()
-GROWN = pytest.StashKey[dict[str, Growth]]()
+PROCESSES = 5  # fresh ones of each side, one after another
+FOUND = pytest.StashKey[dict[str, dict]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rounds", type=int, help="rounds of every benchmark, for a trial")
+    parser.addoption("--trial", action="store_true", help="measure every benchmark once, and keep nothing")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
@@ -41,60 +30,55 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS], config.stash[GROWN] = {}, {}
+    config.stash[FOUND] = {name: {} for name in TABLES}
 
 
 @pytest.fixture
-def compare(benchmark, request: pytest.FixtureRequest) -> Callable[..., Row]:
-    """Let two contenders take turns, after one round of each that does not count."""
+def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Print a line of progress, past pytest's capture."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
 
-    def measure(
-        name: str, rival: Callable[[], object], ours: Callable[[], object], rounds: int,
-        rival_amount: float = 1, ours_amount: float = 1, flops: float | None = None,
-    ) -> Row:  # fmt: skip
-        rival_seconds: list[float] = []
-        rounds = request.config.getoption("--rounds", None) or rounds
+    def line(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{text}", end="", flush=True)
 
-        def rivals_turn() -> None:  # before each of our rounds, outside the clock of pytest-benchmark
-            rival_seconds.append(seconds(rival))
-
-        benchmark.pedantic(ours, setup=rivals_turn, rounds=rounds, warmup_rounds=1)
-        ours_seconds = tuple(benchmark.stats.stats.data)
-        row = Row(name, tuple(rival_seconds[1:]), ours_seconds, rival_amount, ours_amount, flops)
-        request.config.stash[ROWS][name] = row
-        return row
-
-    return measure
+    return line
 
 
 @pytest.fixture
-def grow(request: pytest.FixtureRequest) -> Callable[[Growth], None]:
-    """Take down how something grows."""
-    return lambda growth: request.config.stash[GROWN].update({growth.name: growth})
+def measure(request: pytest.FixtureRequest, say) -> Callable[..., list[list[Taken]]]:
+    """Let sides take turns, in fresh processes again and again: a list for each time, with what each side took."""
+    times = 1 if request.config.getoption("--trial") else PROCESSES
+
+    def measured(words: str, sides: list[Side], rounds: int) -> list[list[Taken]]:
+        found = []
+        for i in range(times):
+            found.append(turns(sides, rounds))
+            say(f"{words}: {i + 1} of {times}")
+        return found
+
+    return measured
+
+
+@pytest.fixture
+def keep(request: pytest.FixtureRequest) -> Callable[[str, str, object], None]:
+    """Take down a result under its name in one of `TABLES`."""
+    return lambda table, name, result: request.config.stash[FOUND][table].update({name: result})
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Config) -> None:
-    """Print the tables; one that is complete is also kept, and shown in the documentation."""
-    measured, about = config.stash[ROWS], machine()
-    rows, grown = [measured[name] for name in TARGETS if name in measured], list(config.stash[GROWN].values())
-    trial = exitstatus != 0 or config.getoption("--rounds", None)
-    if rows:
-        bounds = limits()
-        text, facts = markdown(rows, about, bounds), content(rows, about, bounds)
-        _report(terminalreporter, "benchmarks", text, facts, slug(about), len(rows) == len(TARGETS) and not trial)
-    if grown:
-        text, facts = growth_markdown(grown, about), growth_content(grown, about)
-        _report(
-            terminalreporter, "growth", text, facts, f"{slug(about)}-growth", len(grown) == len(GROWTH) and not trial
-        )
-
-
-def _report(terminalreporter, name: str, text: str, facts: dict, stem: str, keep: bool) -> None:
-    terminalreporter.section(name)
-    terminalreporter.write(f"{text}\n")
-    if not keep:
-        terminalreporter.write("not kept: only a whole table of a run with nothing failed is\n")
-        return
-    save(paths.RESULTS / "benchmarks" / stem, facts, text)
-    shown = update_page(paths.ROOT / "docs" / "speed.md", name, text)
-    terminalreporter.write(f"kept in results/benchmarks/{stem}.md{' and in docs/speed.md' * shown}\n")
+    """Print the tables; one that is whole is also kept, and shown in the documentation."""
+    about = machine()
+    whole = exitstatus == 0 and not config.getoption("--trial")
+    for name, found in config.stash[FOUND].items():
+        if found:
+            table: Table = TABLES[name](found, about, limits() if name == "benchmarks" else {})
+            terminalreporter.section(name)
+            terminalreporter.write(f"{table.markdown()}\n")
+            if not (whole and table.is_whole()):
+                terminalreporter.write("not kept: only a whole table of a run with nothing failed is\n")
+                continue
+            stem = slug(about) if name == "benchmarks" else f"{slug(about)}-{name}"
+            save(paths.RESULTS / "benchmarks" / stem, table.content(), table.markdown())
+            shown = update_page(paths.ROOT / "docs" / "speed.md", name, table.markdown())
+            terminalreporter.write(f"kept in results/benchmarks/{stem}.md{' and in docs/speed.md' * shown}\n")

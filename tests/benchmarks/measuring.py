@@ -1,4 +1,4 @@
-"""What benchmarks measure with: rounds in processes of their own, and the limits of the machine."""
+"""What benchmarks measure with: rounds in fresh processes that take turns, and the limits of the machine."""
 
 import multiprocessing
 import os
@@ -7,8 +7,12 @@ import re
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 
 import cpuinfo
 import numba
@@ -21,6 +25,28 @@ from kure_lib.networks import device
 
 SMALL = (10_000,)  # arguments of a first round, which does not count
 THREADS = psutil.cpu_count(logical=False) or os.cpu_count() or 1  # what torch uses unless told otherwise
+Prepare = Callable[..., Callable[[], object]]  # makes a round
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: fresh processes at once, in each of which `prepare(*arguments)` makes a round.
+
+    `amount` says how much of the work that the comparison names is done in a round, by all of the processes together.
+    """
+
+    prepare: Prepare
+    arguments: tuple = ()
+    threads: int = 1
+    processes: int = 1
+    amount: float = 1
+
+
+class Taken(NamedTuple):
+    """Median seconds of a side's rounds, and the bytes of memory that its processes needed at most, imports apart."""
+
+    seconds: float
+    bytes: int
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -30,67 +56,93 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-class Contender:
-    """A process that prepares itself, warms up with one round, and from then on runs a round when asked.
+def turns(sides: Sequence[Side], rounds: int) -> list[Taken]:
+    """Rounds of all sides in turn, in processes of their own that have warmed up with one round and then end.
 
-    `prepare(*arguments)` is called in the process, with torch on that many threads, and returns the round.
-    Between its rounds the process waits without using the processor, so that rivals can take turns.
+    While one side has its turn the processes of the others wait and use no processor.
     """
+    with ExitStack() as stack:
+        contenders = [[stack.enter_context(_Contender(side)) for _ in range(side.processes)] for side in sides]
+        for contender in chain(*contenders):
+            contender.wait()
+        took = [[seconds(lambda each=each: _together(each)) for each in contenders] for _ in range(rounds)]
+        memory = [sum(contender.end() for contender in each) for each in contenders]
+    return [Taken(statistics.median(each), peak) for each, peak in zip(zip(*took, strict=True), memory, strict=True)]
 
-    def __init__(self, prepare: Callable[..., Callable[[], object]], *arguments, threads: int):
+
+class _Contender:
+    """A process of a side, which makes a round whenever it is told to."""
+
+    def __init__(self, side: Side):
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(far_end, prepare, arguments, threads))
+        self.process = context.Process(target=_serve, args=(far_end, side))
         self.process.start()
         far_end.close()
 
-    def start(self) -> None:
-        self.pipe.send("go")
+    def __enter__(self) -> "_Contender":
+        return self
 
-    def finish(self) -> None:
-        """Wait for the round; `EOFError` if the process has failed, whose traceback is then on stderr."""
-        self.pipe.recv()
-
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self.pipe.close()
         self.process.join()
 
+    def start(self) -> None:
+        self.pipe.send(True)
 
-def together(contenders: list[Contender]) -> None:
-    """One round of each, all at the same time."""
+    def wait(self) -> int:
+        """Wait for the round; `EOFError` if the process has failed, whose traceback is then on stderr."""
+        return self.pipe.recv()
+
+    def end(self) -> int:
+        """Bytes of memory that it needed."""
+        self.pipe.send(False)
+        return self.wait()
+
+
+def _together(contenders: list[_Contender]) -> None:
+    """A round of each, all at the same time."""
     for contender in contenders:
         contender.start()
     for contender in contenders:
-        contender.finish()
+        contender.wait()
 
 
-def _serve(pipe, prepare, arguments, threads) -> None:
-    torch.set_num_threads(threads)
-    work = prepare(*arguments)
-    work()
-    pipe.send("ready")
+def _serve(pipe, side: Side) -> None:
+    torch.set_num_threads(side.threads)
+    before = psutil.Process().memory_info().rss
+    work = side.prepare(*side.arguments)
     while True:
-        try:
-            pipe.recv()
-        except EOFError:  # the benchmark is over
-            return
         work()
-        pipe.send("done")
+        pipe.send(0)
+        try:
+            if not pipe.recv():
+                break
+        except EOFError:  # another side has failed
+            return
+    pipe.send(max(_peak() - before, 0))
 
 
-def alone(prepare: Callable[..., Callable[[], object]], *arguments, rounds: int) -> tuple[float, int]:
-    """Median seconds of a round in a fresh process with one thread, and by how many bytes rounds raise its memory."""
+def _peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def alone(prepare: Prepare, *arguments, rounds: int) -> Taken:
+    """Rounds in a fresh process with one thread, after one of another size, by which all is compiled and loaded.
+
+    Of the memory what `prepare` needs does not count.
+    """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(_measured, prepare, arguments, rounds).result()
 
 
-def _measured(prepare, arguments, rounds) -> tuple[float, int]:
+def _measured(prepare, arguments, rounds) -> Taken:
     torch.set_num_threads(1)
-    prepare(*SMALL)()  # what is compiled or loaded at the first call
+    prepare(*SMALL)()
     work = prepare(*arguments)
     before = psutil.Process().memory_info().rss
     took = statistics.median(seconds(work) for _ in range(rounds))
-    return took, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return Taken(took, _peak() - before)
 
 
 def machine() -> dict:

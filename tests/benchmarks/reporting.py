@@ -1,65 +1,180 @@
-"""Targets, the rows that are held against them, and the files in which a run of the benchmarks is kept."""
+"""The tables of the benchmarks, and the files in which they are kept."""
 
 import json
 import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from comparisons import Comparison, Rival, comparisons
+from measuring import Taken
 from tabulate import tabulate
 
 from kure_lib.files import write_atomically
 from kure_lib.networks import device
 
-RESNET = 4 if device.precision() == "bfloat16" else 2  # times faster
-
 
 @dataclass(frozen=True)
-class Target:
-    """What is measured against what, and the ratio that is wanted.
+class Row:
+    """A comparison with one rival: for each time that fresh processes measured, what both sides took."""
 
-    Either ours is `faster` by at least that factor, or it takes `within` that multiple of the other's time.
-    `unit` is how both are shown: `images/s`, `ms` or `s`.
-    """
+    comparison: Comparison
+    rival: Rival
+    taken: tuple[tuple[Taken, Taken], ...]  # ours, the rival's
 
-    path: str
-    rival: str
-    unit: str
-    faster: float | None = None
-    within: float | None = None
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Amount a second, of ours and of the rival, by the median."""
+        sides = self.comparison.ours, self.rival.side
+        return tuple(side.amount / statistics.median(both[i].seconds for both in self.taken)
+                     for i, side in enumerate(sides))  # fmt: skip
 
-    def __str__(self) -> str:
-        return f"≥ {self.faster:g} × faster" if self.faster else f"≤ {self.within:g} × the time"
+    @property
+    def ratios(self) -> list[float]:
+        """How many times faster ours was, or the multiple of the rival's time that it took, each time."""
+        faster = [(self.comparison.ours.amount / ours.seconds) / (self.rival.side.amount / rival.seconds)
+                  for ours, rival in self.taken]  # fmt: skip
+        return sorted(1 / ratio if self.rival.within else ratio for ratio in faster)
+
+    @property
+    def outcome(self) -> str:
+        ratio, rival = statistics.median(self.ratios), self.rival
+        if rival.faster is None and rival.within is None:
+            return ""
+        met = ratio >= rival.faster if rival.faster else ratio <= rival.within
+        return "met" if met else "not met"
+
+    @property
+    def memory(self) -> list[int]:
+        """Bytes of ours and of the rival, by the median."""
+        return [int(statistics.median(both[i].bytes for both in self.taken)) for i in (0, 1)]
+
+    def cells(self) -> list[str]:
+        (ours, rival), unit = self.rates, self.comparison.unit
+        return [self.comparison.path, self.rival.words, _quantity(rival, unit), _quantity(ours, unit),
+                f"{statistics.median(self.ratios):.3g} ×", _range(self.ratios), self.rival.target, self.outcome,
+                " / ".join(f"{each / 2**20:,.0f}" for each in reversed(self.memory))]  # fmt: skip
+
+    def as_json(self) -> dict:
+        (ours, rival), unit = self.rates, self.comparison.unit
+        return {
+            "path": self.comparison.path, "measured_against": self.rival.words, "rival": _quantity(rival, unit),
+            "ours": _quantity(ours, unit), "ratios": [round(ratio, 3) for ratio in self.ratios],
+            "target": self.rival.target, "outcome": self.outcome,
+            "rounds": self.comparison.rounds, "seconds": [[both[1].seconds, both[0].seconds] for both in self.taken],
+            "amounts": [self.rival.side.amount, self.comparison.ours.amount], "bytes": self.memory[::-1],
+        }  # fmt: skip
+
+    def share(self, limits: dict[str, float]) -> list[float]:
+        """What the rival's products and ours take of the machine's product rate, each in its arithmetic."""
+        ours, rival = (rate * self.comparison.flops / 1e9 for rate in self.rates)
+        usual = "float32" if self.rival.words.startswith("usual") else device.precision()
+        return [rival / _product_limit(limits, usual), ours / _product_limit(limits, device.precision())]
 
 
-KURE = "KURE term of ResNet-18 (19 layers, 11.2 M weights), forward and backward, 1 thread"
-STEP = "ResNet-20 training step with KURE, batch 256, 1 thread"
-MSE = "MSE-optimal step of 2.4 M weights, 2, 3, 4, 5, 6 and 8 bits, 1 thread"
-TWO_RUNS = "training {}, batch 256: two runs at once, 1 thread each, together"
-ONE_RUN = "training {}, batch 256: one run, all threads"
-VARIANTS = "accuracy of 24 quantized variants of a ResNet-20, 10,000 images, all threads"
-SCRIPT = "float32, torchvision transforms in a `DataLoader` with 2 workers, plain net, all threads"
-COPIES = "`deepcopy`, quantize in place (steps given), `DataLoader`, float32; 2 timed, × 12"
+def _product_limit(limits: dict[str, float], precision: str) -> float:
+    """GFLOP/s of all threads."""
+    return max(value for name, value in limits.items() if name.startswith(f"matrix product {precision}"))
 
-TARGETS = {
-    "kure": Target(KURE, "autograd of `(((w - w.mean()) / w.std()) ** 4).mean()`, 1 thread", "ms", faster=6),
-    "kure_memory": Target(KURE, "1.5 copies of the weights: two reads, one write", "ms", within=3),
-    "kure_step": Target(STEP, "the step without it", "ms", within=1.03),
-    "mse_step": Target(MSE, "200 steps tried by quantizing, 1 thread", "ms", faster=100),
-    "resnet20": Target(TWO_RUNS.format("ResNet-20"), SCRIPT, "images/s", faster=RESNET),
-    "resnet20_alone": Target(ONE_RUN.format("ResNet-20"), SCRIPT, "images/s", faster=RESNET),
-    "mobilenet_v2_050": Target(TWO_RUNS.format("MobileNet-V2 0.5"), SCRIPT, "images/s", faster=3),
-    "mobilenet_v2_050_alone": Target(ONE_RUN.format("MobileNet-V2 0.5"), SCRIPT, "images/s", faster=3),
-    "variants": Target(VARIANTS, COPIES, "s", faster=5),
-}
+
+def _quantity(rate: float, unit: str) -> str:
+    if unit == "images/s":
+        return f"{rate:,.0f} images/s"
+    return f"{(1000 if unit == 'ms' else 1) / rate:,.3g} {unit}"
+
+
+def _range(ratios: list[float]) -> str:
+    return f"{min(ratios):.3g} – {max(ratios):.3g}"
+
+
+class Table:
+    """What was found under one name, as a page shows it and as a file keeps it."""
+
+    whole: ClassVar[set[str]] = set()
+    head: ClassVar[list[str]] = []
+
+    def __init__(self, found: dict, about: dict, limits: dict[str, float]):
+        self.found, self.about, self.limits = found, about, limits
+
+    def is_whole(self) -> bool:
+        return self.found.keys() == self.whole
+
+    def cells(self) -> list[list[str]]:
+        raise NotImplementedError
+
+    def below(self) -> str:
+        return ""
+
+    def markdown(self) -> str:
+        about = self.about
+        machine = (f"{about['cpu']} ({about['capability']}), {about['cores']} cores, {about['precision']}, torch "
+                   f"{about['torch']}.")  # fmt: skip
+        table = tabulate(self.cells(), self.head, tablefmt="pipe", disable_numparse=True)
+        return f"{table}\n\n{machine} {self.below()}\n"
+
+    def content(self) -> dict:
+        return {"machine": self.about, "rows": [dict(zip(self.head, line, strict=True)) for line in self.cells()]}
+
+
+class Speed(Table):
+    whole = set(comparisons())
+    head = ["path", "measured against", "rival", "ours", "ratio", "range", "target", "", "MiB, rival / ours"]
+
+    def rows(self) -> list[Row]:
+        return [row for name in comparisons() for row in self.found.get(name, ())]
+
+    def cells(self) -> list[list[str]]:
+        return [row.cells() for row in self.rows()]
+
+    def below(self) -> str:
+        bounds = "; ".join(f"{name}: {value:.0f}" for name, value in self.limits.items())
+        text = ("Medians, and the range of the ratios, over fresh processes; both sides of a row take turns. Memory is "
+                "that of the processes at their peak beside what imports take; a loader's workers do not count.\n"
+                f"Limits of the machine in the same run: {bounds}.")  # fmt: skip
+        shares = "; ".join(
+            f"{row.comparison.path.partition(',')[0]}, {row.rival.words.partition(':')[0].partition(',')[0]} and ours: "
+            + " and ".join(f"{share:.0%}" for share in row.share(self.limits))
+            for row in self.rows() if row.comparison.flops
+        )  # fmt: skip
+        return f"{text}\nOf its matrix-product rate the operations of the networks take: {shares}." if shares else text
+
+    def content(self) -> dict:
+        rounded = {name: round(value, 1) for name, value in self.limits.items()}
+        return {"machine": self.about, "limits": rounded, "rows": [row.as_json() for row in self.rows()]}
+
+
+METHODS = {
+    "kure": "KURE", "gradient_l1": "L1 of the gradient", "range": "range",
+    "outliers": "outliers", "entropy": "entropy", "variation": "variation of |w|", "noise": "weight noise",
+    "sam": "SAM", "ema": "EMA", "kure_of_activations": "KURE of activations", "dorefa 4/4": "DoReFa 4/4",
+    "lsq 4/4": "LSQ 4/4",
+}  # fmt: skip
+
+
+class Methods(Table):
+    """By method the times that a step took in multiples of a plain one, and its memory."""
+
+    whole = set(METHODS)
+    head = ["training by", "time of a plain step", "range", "memory of plain training"]
+
+    def cells(self) -> list[list[str]]:
+        return [
+            [words, f"{statistics.median(times):.2f} ×", _range(times), f"{statistics.median(memory):.2f} ×"]
+            for name, words in METHODS.items() if name in self.found for times, memory in [self.found[name]]
+        ]  # fmt: skip
+
+    def below(self) -> str:
+        return (
+            "ResNet-20, batches of 256, 1 thread; all methods take turns in fresh processes, medians and ranges over "
+            "them. A step of SAM takes two gradients, one of the gradient's L1 goes backward twice."
+        )
 
 
 GROWTH = {
     "kure": "KURE term of one tensor, forward and backward",
     "steps": "steps of least squared error of one tensor at 2, 3, 4, 5, 6 and 8 bits",
 }
-
-
 BILLIONS = 7  # weights of a language model that people run at home
 
 
@@ -86,121 +201,69 @@ class Growth:
         ]  # fmt: skip
 
 
-def growth_markdown(grown: list[Growth], about: dict) -> str:
-    """The table of all sizes and, under it, the exponents and what the largest size says of a large model."""
+class Growths(Table):
+    whole = set(GROWTH)
     head = ["path", "weights", "time", "a weight", "memory beside the weights", "copies of the weights"]
-    table = tabulate([line for each in grown for line in each.cells()], head, tablefmt="pipe", disable_numparse=True)
-    exponents = "; ".join(f"{GROWTH[each.name]}: n^{each.exponent:.2f}" for each in grown)
-    ahead = "; ".join(
-        f"{GROWTH[each.name]}: {BILLIONS * 1e9 * each.seconds[-1] / each.sizes[-1]:.0f} s" for each in grown
-    )
-    return (
-        f"{table}\n\n{about['cpu']}, torch {about['torch']}; one thread, a fresh process for every size, median of its "
-        f"rounds.\nFrom a million weights on time grows as: {exponents}.\n"
-        f"At the rate of the largest size, {BILLIONS} billion weights take one thread: {ahead}.\n"
-    )
+
+    def cells(self) -> list[list[str]]:
+        return [line for each in self.found.values() for line in each.cells()]
+
+    def below(self) -> str:
+        """The exponents, and what the largest size says of a large model."""
+        exponents = "; ".join(f"{GROWTH[each.name]}: n^{each.exponent:.2f}" for each in self.found.values())
+        ahead = "; ".join(
+            f"{GROWTH[each.name]}: {BILLIONS * 1e9 * each.seconds[-1] / each.sizes[-1]:.0f} s"
+            for each in self.found.values()
+        )
+        return (
+            "One thread, a fresh process for every size, median of its rounds.\n"
+            f"From a million weights on time grows as: {exponents}.\n"
+            f"At the rate of the largest size, {BILLIONS} billion weights take one thread: {ahead}."
+        )
+
+    def content(self) -> dict:
+        grown = [asdict(each) | {"exponent": round(each.exponent, 3)} for each in self.found.values()]
+        return {"machine": self.about, "growth": grown}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison: seconds of each round of both sides, and how much was done in a round by each.
+class Command:
+    """A command of the README in a clone whose environment is installed, and the minutes that it may take."""
 
-    The amount is in images for `images/s`, and a multiple of the work named in the target otherwise; `flops` are
-    the operations of a network's matrix products in one unit of it.
-    """
-
-    name: str
-    rival_seconds: tuple[float, ...]
-    ours_seconds: tuple[float, ...]
-    rival_amount: float
-    ours_amount: float
-    flops: float | None = None
-
-    @property
-    def target(self) -> Target:
-        return TARGETS[self.name]
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Amount a second, of the rival and of ours, from the median round."""
-        return (self.rival_amount / statistics.median(self.rival_seconds),
-                self.ours_amount / statistics.median(self.ours_seconds))  # fmt: skip
-
-    @property
-    def ratio(self) -> float:
-        rival, ours = self.rates
-        return ours / rival if self.target.faster else rival / ours
-
-    @property
-    def met(self) -> bool:
-        return self.ratio >= self.target.faster if self.target.faster else self.ratio <= self.target.within
-
-    def cells(self) -> list[str]:
-        rival, ours = (_quantity(rate, self.target.unit) for rate in self.rates)
-        digits = 2 if self.target.within else 1
-        outcome = "met" if self.met else "not met"
-        ratio = f"{self.ratio:.{digits}f} ×"
-        return [self.target.path, self.target.rival, rival, ours, ratio, str(self.target), outcome]
-
-    def as_json(self) -> dict:
-        target, (rival, ours) = self.target, self.rates
-        return {
-            "name": self.name, "path": target.path, "measured_against": target.rival,
-            "rival": _quantity(rival, target.unit), "ours": _quantity(ours, target.unit),
-            "ratio": round(self.ratio, 3), "target": str(target), "met": self.met,
-            "rounds": len(self.ours_seconds),
-            "rival_median_seconds": round(statistics.median(self.rival_seconds), 6),
-            "rival_work_in_a_round": self.rival_amount,
-            "ours_median_seconds": round(statistics.median(self.ours_seconds), 6),
-            "ours_work_in_a_round": self.ours_amount,
-        }  # fmt: skip
-
-    def shares(self, limits: dict[str, float]) -> str:
-        """What of the machine's matrix-product rate the two sides use, and what the target asks for."""
-        (rival, ours), (wide, fast) = self.rates, _product_limits(limits)
-        used, uses = (rate * self.flops / 1e9 / limit for rate, limit in ((rival, wide), (ours, fast)))
-        wanted = uses * self.target.faster / self.ratio
-        return f"{self.target.path}: {used:.0%}, {uses:.0%}, {wanted:.0%}"
+    words: str
+    options: tuple[str, ...]
+    minutes: float | None = None
 
 
-def _product_limits(limits: dict[str, float]) -> list[float]:
-    """GFLOP/s of all threads, in float32 and in the arithmetic of the library."""
-    names = [f"matrix product {dtype}, GFLOP/s" for dtype in ("float32", device.precision())]
-    return [max(value for key, value in limits.items() if key.startswith(name)) for name in names]
+COMMANDS = {
+    "first": Command(
+        "the first figures: notebook 01, executed, and its site", ("--only", "01", "--profile", "smoke"), 0.5
+    ),
+    "study": Command("the study from its records: every notebook, and the site", ("--profile", "study")),
+    "smoke": Command("the smoke study, trained and executed from nothing", ("--profile", "smoke")),
+    "quick": Command("the quick study, trained and executed from nothing", ("--profile", "quick"), 9),
+}
 
 
-def _quantity(rate: float, unit: str) -> str:
-    if unit == "images/s":
-        return f"{rate:,.0f} images/s"
-    return f"{(1000 if unit == 'ms' else 1) / rate:,.3g} {unit}"
+class Commands(Table):
+    whole = set(COMMANDS)
+    head = ["command", "what it does", "minutes", "target", ""]
+
+    def cells(self) -> list[list[str]]:
+        lines = []
+        for name, command in COMMANDS.items():
+            if name in self.found:
+                minutes, most = self.found[name] / 60, command.minutes
+                outcome = "" if most is None else "met" if minutes <= most else "not met"
+                lines.append([f"`./run_all.sh {' '.join(command.options)}`", command.words, f"{minutes:.1f}",
+                              "–" if most is None else f"≤ {most:g}", outcome])  # fmt: skip
+        return lines
+
+    def below(self) -> str:
+        return "Each once, in a fresh clone whose environment is installed."
 
 
-def markdown(rows: list[Row], about: dict, limits: dict[str, float]) -> str:
-    """The table of rows and, under it, the machine and its limits."""
-    head = ["path", "measured against", "rival", "ours", "ratio", "target", ""]
-    table = tabulate([row.cells() for row in rows], head, tablefmt="pipe", disable_numparse=True)
-    bounds = "; ".join(f"{name}: {value:.0f}" for name, value in limits.items())
-    shares = "; ".join(row.shares(limits) for row in rows if row.flops)
-    return (
-        f"{table}\n\n{about['cpu']}, {about['cores']} cores, {about['precision']}, torch {about['torch']}. "
-        "Both sides of a row take turns in one run; medians of all rounds.\n"
-        f"Limits of the machine in the same run: {bounds}.\n"
-        + (
-            f"Of its matrix-product rate (float32; {about['precision']}), the operations of the networks take, by the "
-            f"rival, by ours, and if the target were met: {shares}.\n"
-            if shares
-            else ""
-        )
-    )
-
-
-def content(rows: list[Row], about: dict, limits: dict[str, float]) -> dict:
-    rounded = {name: round(value, 1) for name, value in limits.items()}
-    return {"machine": about, "limits": rounded, "rows": [row.as_json() for row in rows]}
-
-
-def growth_content(grown: list[Growth], about: dict) -> dict:
-    return {"machine": about, "growth": [asdict(each) | {"exponent": round(each.exponent, 3)} for each in grown]}
+TABLES: dict[str, type[Table]] = {"benchmarks": Speed, "methods": Methods, "growth": Growths, "commands": Commands}
 
 
 def save(stem: Path, content: dict, text: str) -> None:

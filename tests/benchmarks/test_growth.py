@@ -3,7 +3,7 @@
 import pytest
 import torch
 from measuring import alone
-from reporting import Growth
+from reporting import GROWTH, Growth
 
 from kure_lib.tensors.kurtosis import kurtoses
 from kure_lib.tensors.samples import EmpiricalDistribution
@@ -43,10 +43,12 @@ def steps(size: int):
 @pytest.mark.parametrize(
     ("name", "prepare", "largest", "held"), [("kure", term, 10**9, 1.05), ("steps", steps, 10**8, 7.5)]
 )
-def test_growth(grow, name, prepare, largest, held):
+def test_growth(keep, say, name, prepare, largest, held):
     """Beside the weights there is room for the gradient and no second copy; of the steps, for sorting and sums."""
-    sizes = [size for size in SIZES if size <= largest]
-    found = [alone(prepare, size, rounds=3 if size > 10**7 else 15) for size in sizes]
+    sizes, found = [size for size in SIZES if size <= largest], []
+    for size in sizes:
+        found.append(alone(prepare, size, rounds=3 if size > 10**7 else 15))
+        say(f"{GROWTH[name]}: {size:,}")
     growth = Growth(name, tuple(sizes), *map(tuple, zip(*found, strict=True)))
-    grow(growth)
+    keep("growth", name, growth)
     assert growth.bytes[-1] <= held * 4 * sizes[-1], "peak memory in copies of the weights"

@@ -369,6 +369,25 @@ def test_check_mode_computes_nothing_and_writes_nothing(files, config, results_f
     assert everything(results_folder) == before
 
 
+# What will be evaluated
+
+
+def test_what_is_asked_for_is_noted_and_neither_trained_nor_evaluated(files, config, results_folder, monkeypatch):
+    files[1].unlink()  # no weights are needed
+    before = everything(results_folder)
+    other, five = config.model_copy(update={"seed": 9}), QuantizationSpec(weight_bits=5)
+    with runs.asking() as missing:
+        record, empty = runs.get(config), runs.get(other)
+        assert runs.evaluate(record, FOUR) == record.evaluations[FOUR.key], "what is on record is read"
+        answers = [runs.evaluate(asked, five) for asked in (record, record, empty)]
+    assert missing == {config: {five.key: five}, other: {five.key: five}}
+    assert all(np.isnan([answer.top1, answer.loss]).all() for answer in answers)
+    assert everything(results_folder) == before
+    monkeypatch.setenv("KURE_CHECK", "1")
+    with pytest.raises(KureError, match="does not hold the evaluation"):  # it was noted alone
+        runs.evaluate(runs.get(config), five)
+
+
 # Two processes
 
 HOLD = """

@@ -1,0 +1,31 @@
+"""The time of a training step by KURE, its rivals and quantization-aware training, in multiples of a plain one."""
+
+import statistics
+
+import ours
+from measuring import Side
+from reporting import METHODS
+
+from kure_lib.study.profiles import CONTENDERS
+from kure_lib.training.configs import KureConfig, QatConfig, RivalConfig
+
+STEPS, ROUNDS = 2, 4
+
+
+def test_every_method_against_plain_training(measure, keep):
+    strengths = {contender.rival: contender.strength for contender in CONTENDERS if contender.rival}
+    settings = {name: {"rival": RivalConfig(name=name, strength=strength)} for name, strength in strengths.items()}
+    settings |= {name: {"quantization": QatConfig.named(name)} for name in METHODS if name.endswith("4/4")}
+    settings |= {"kure": {"regularizer": KureConfig()}}
+    settings |= {"kure_of_activations": {"regularizer": KureConfig(of="activations")}}
+    assert settings.keys() == METHODS.keys(), "every method is measured"
+    taken = measure("training by every method", [Side(training, (STEPS, {})), *(
+        Side(training, (STEPS, settings[name])) for name in METHODS)], ROUNDS)  # fmt: skip
+    for i, name in enumerate(METHODS, 1):
+        seconds = sorted(each[i].seconds / each[0].seconds for each in taken)
+        keep("methods", name, (seconds, [each[i].bytes / each[0].bytes for each in taken]))
+    assert statistics.median(seconds) > 1, "no method takes less than no method"
+
+
+def training(steps: int, method: dict) -> ours.Round:
+    return ours.training("resnet20", steps, **method)
