@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple, Protocol
 
+from kure_lib import progress
 from kure_lib.paths import KureError, in_words
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -218,7 +219,7 @@ def die_with_parent() -> None:
 def _take_place(free: Queue[Mapping[str, str]]) -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process reports Ctrl-C; a worker just ends
-    os.environ.update(free.get())
+    os.environ.update({progress.FILE: os.devnull, **free.get()})  # the first process says how far all are
 
 
 def _carry_out(name: str, work: Callable[..., Any], reports: Any, *inputs: Any) -> Any:

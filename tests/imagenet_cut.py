@@ -1,5 +1,7 @@
 """What a test cuts of the profile `imagenet`, so that two cores finish it in minutes; its plan is the real one."""
 
+from collections.abc import Callable
+
 from kure_lib.networks import device
 from kure_lib.quantization import calibration
 from kure_lib.study import profiles
@@ -21,9 +23,13 @@ def recipes(networks: int) -> tuple[profiles.Recipe, ...]:
     return tuple(profiles._with(recipe, IMAGES, {**IMAGES, "epochs": 1}) for recipe in whole)
 
 
+def few(images: Callable) -> Callable:
+    """`calibration.images` cut to a few."""
+    return lambda name, size=FEW: images(name, min(size, FEW))
+
+
 def apply(networks: int) -> None:
     """Cut the profile in this process, which is a kernel's; calibration and reading are cut as well."""
     profiles.PROFILES["imagenet"] = recipes(networks)
-    images = calibration.images
-    calibration.images = lambda name, size=FEW: images(name, min(size, FEW))
+    calibration.images = few(calibration.images)
     device.cores = lambda: 1  # processes that read images: more take longer to start than to read

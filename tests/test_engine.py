@@ -16,9 +16,13 @@ from kure_lib.paths import KureError
 TASKS = '''
 """What the tests do in other processes, which can import no test file."""
 
+import io
 import os
+import sys
 import time
 from pathlib import Path
+
+from kure_lib import progress
 
 
 def note(folder, name, needs, report):
@@ -31,6 +35,18 @@ def note(folder, name, needs, report):
 
 def fail(report, about=""):
     raise ValueError(f"in a worker: {about}")
+
+
+def search(report):
+    sys.stderr = Terminal()
+    with progress.bar(9, "LAPQ", "loss") as bar:
+        bar.update(9)
+    report(sys.stderr.getvalue())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def wait(report):
@@ -86,6 +102,12 @@ def test_what_several_tasks_say_is_told_once_each(tasks):
     with pytest.raises(KureError) as error:
         engine.run(failing, engine.Pool([{}, {}]), lambda *values: None)
     assert sorted(str(error.value).splitlines()) == ["in a worker: a", "in a worker: b"]
+
+
+def test_a_worker_writes_no_bar_to_the_terminal(tasks):
+    reports = []
+    engine.run([engine.Task("a", tasks.search)], engine.Pool([{}]), lambda *report: reports.append(report))
+    assert reports == [("a", "")]
 
 
 def test_a_killed_process_is_one_sentence_that_names_its_task(tasks, noting):

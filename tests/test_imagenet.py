@@ -13,13 +13,14 @@ from queue import Queue
 import numpy as np
 import pytest
 import torch
-from imagenet_cut import PARAMETERS, recipes
+from imagenet_cut import PARAMETERS, few, recipes
 from PIL import Image
 from torchvision import models
 
 from kure_lib import driver, engine, notebooks
 from kure_lib.findings import verdicts
 from kure_lib.networks import device, published
+from kure_lib.quantization import calibration
 from kure_lib.study import profiles, records
 from kure_lib.study.plans import plan
 
@@ -70,6 +71,7 @@ def cut(imagenet, monkeypatch):
     def cut(networks: int) -> None:
         monkeypatch.setitem(profiles.PROFILES, "imagenet", recipes(networks))
         monkeypatch.setitem(profiles.PARAMETERS, "imagenet", PARAMETERS)
+        monkeypatch.setattr(calibration, "images", few(calibration.images))
         startup = imagenet / "ipython" / "profile_default" / "startup"
         startup.mkdir(parents=True)
         lines = [
