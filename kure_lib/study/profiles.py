@@ -140,7 +140,7 @@ SCHEDULES = (
 )
 
 TINY = {"train_size": 1024, "epochs": 2}
-GROUP_NORM = {"model": "resnet20_group_norm", "part": "group_norm"}
+GROUP_NORM: dict[str, Any] = {"model": "resnet20_group_norm", "part": "group_norm"}
 SWEEP: dict[str, Any] = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 0.3, 3.0)}
 
 PROFILES: dict[str, tuple[Recipe, ...]] = {
