@@ -19,7 +19,10 @@ from functools import cache, lru_cache
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
+from threading import RLock
 from typing import Any, NamedTuple, Protocol
+
+from tqdm import tqdm
 
 from kure_lib import progress
 from kure_lib.paths import KureError, in_words
@@ -220,6 +223,7 @@ def _take_place(free: Queue[Mapping[str, str]]) -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the first process reports Ctrl-C; a worker just ends
     os.environ.update({progress.FILE: os.devnull, **free.get()})  # the first process says how far all are
+    tqdm.set_lock(RLock())  # its own is one between processes, which stays behind where this one is killed
 
 
 def _carry_out(name: str, work: Callable[..., Any], reports: Any, *inputs: Any) -> Any:

@@ -104,10 +104,18 @@ def test_what_several_tasks_say_is_told_once_each(tasks):
     assert sorted(str(error.value).splitlines()) == ["in a worker: a", "in a worker: b"]
 
 
-def test_a_worker_writes_no_bar_to_the_terminal(tasks):
-    reports = []
-    engine.run([engine.Task("a", tasks.search)], engine.Pool([{}]), lambda *report: reports.append(report))
-    assert reports == [("a", "")]
+def test_a_worker_with_a_bar_says_nothing_on_the_terminal_and_leaves_nothing_behind(tasks, tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import tasks_of_the_test as tasks
+from kure_lib import engine
+if __name__ == "__main__":
+    engine.run([engine.Task("a", tasks.search)], engine.Pool([{{}}]), lambda *values: print(values))
+"""
+    (tmp_path / "driver.py").write_text(script)
+    process = subprocess.run([sys.executable, tmp_path / "driver.py"], capture_output=True, text=True)
+    assert (process.stdout, process.stderr) == ("('a', '')\n", "")
 
 
 def test_a_killed_process_is_one_sentence_that_names_its_task(tasks, noting):
