@@ -36,6 +36,7 @@ def _choosing(spec: QuantizationSpec) -> QuantizationSpec:
     """What of a specification steps are chosen by, so that those which differ in other fields share them."""
     later = (
         "step_ratio", "activation_ratio", "power_of_two", "bias_correction", "reestimate_batch_norm", "reconstruction",
+        "perturbation", "draw",
     )  # fmt: skip
     unused = () if spec.activation_bits or spec.step_rule == "lapq" else ("calibration",)
     fields = QuantizationSpec.model_fields
