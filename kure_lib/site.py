@@ -39,6 +39,7 @@ STEPS_OF = {
     "power_of_two": "power-of-two steps",
     "bias_correction": "bias correction",
     "fold_batch_norm": "batch norms folded",
+    "equalized": "ranges equalized",
     "reestimate_batch_norm": "batch norms re-estimated",
 }
 Marked = dict[int, list[tuple[str, str]]]  # by number of a cell: kind and name of what it keeps

@@ -150,7 +150,7 @@ def test_the_explorer_leaves_out_what_random_errors_were_added_to():
          "top1": top1, "perturbation": perturbation}
         for top1, perturbation in ((92.5, None), (90.0, "flips 0.001"))
     ]  # fmt: skip
-    usual = {"power_of_two": False, "bias_correction": False, "fold_batch_norm": False, "reestimate_batch_norm": False}
+    usual = dict.fromkeys(site.STEPS_OF, False)
     found = pd.DataFrame([row | usual for row in rows], columns=list(evaluations.COLUMNS))
     assert [row[-1] for row in json.loads(site._explorer(found))["rows"]] == [92.5]
 

@@ -63,6 +63,7 @@ class QuantizationSpec(BaseModel):
             each layer's step off by a factor of its own; "flips 1e-4", bits that flip once all is corrected and
             re-estimated; "stochastic", rounding at random.
         draw: Which random numbers the perturbation takes; None without one.
+        equalized: Whether the ranges of successive convolutions are equalized, once batch norms are folded.
 
     >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
     '{"per_channel": true, "weight_bits": 3}'
@@ -88,6 +89,7 @@ class QuantizationSpec(BaseModel):
     iterations: int | None = Field(None, ge=1)
     perturbation: Annotated[str, AfterValidator(perturbations.canonical)] | None = None
     draw: int | None = Field(None, ge=0)
+    equalized: bool = False
 
     @model_validator(mode="wrap")
     @classmethod
@@ -132,6 +134,9 @@ class QuantizationSpec(BaseModel):
                 raise KureError("LAPQ needs something to quantize: give weight_bits, activation_bits or both.")
         else:
             parse_rule(self.step_rule, self.scope)
+        if self.equalized and not self.fold_batch_norm:
+            raise KureError("Ranges are equalized once batch norms are folded: give fold_batch_norm=True, or leave "
+                            "equalized out.")  # fmt: skip
         if self.reconstruction and self.weight_bits is None:
             raise KureError(f"There are no weights to round by {self.reconstruction}: give weight_bits.")
         if self.reconstruction and self.bias_correction:

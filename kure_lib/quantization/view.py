@@ -12,7 +12,7 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrize
 from kure_lib.networks import activations
 from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
 from kure_lib.paths import KureError, check_known
-from kure_lib.quantization import calibration, layerwise, perturbations
+from kure_lib.quantization import calibration, equalization, layerwise, perturbations
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
 from kure_lib.tensors.grids import UNSIGNED, Format, Grid
 from kure_lib.tensors.quantizers import quantize
@@ -189,6 +189,7 @@ def quantized(
     if spec.rounding or spec.step_rule in TRAINED_RULES:
         raise KureError(f"The specification {spec.key} is about how a run was trained or stored: evaluate its record.")
     model = folded(model) if spec.fold_batch_norm else model
+    model = equalization.equalized(model) if spec.equalized else model
     steps = chosen_steps(model, spec, images, layers, steps)
     with ExitStack() as stack:
         if spec.activation_bits is not None:

@@ -43,6 +43,7 @@ COLUMNS = {
     "iterations": "Number of steps in which `adaround` learned to round a layer.",
     "perturbation": "What a device did to the weights beside: `steps` off by layer, `flips` of bits, `stochastic`.",
     "draw": "Which random numbers the perturbation took.",
+    "equalized": "Whether the ranges of successive convolutions were equalized after folding.",
     "top1": "Top-1 accuracy, percent.",
     "loss": "Mean cross-entropy, nats.",
     "precision": "Arithmetic of the evaluation, where it is on record.",

@@ -193,6 +193,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "18": {"seeds": [0], "bits_shown": [3, 2], "calibration": 32, "search": 30, "iterations": 20},
         "19": {"images": 32},
         "20": {"seeds": [1], "bits_shown": [3], "bits_stored": [4], "rates": [1.0e-3], "calibration": 32},
+        "21": {"seeds": [1, 1], "bits_shown": [[3], [6]]},
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64},
@@ -204,6 +205,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "15": {"weight_bits": [3], "calibration": 64},
         "18": {"seeds": [0], "calibration": 64, "iterations": 200},
         "20": {"seeds": [1], "bits_shown": [3, 2], "rates": [1.0e-4, 1.0e-3], "calibration": 64},
+        "21": {"seeds": [1, 1]},
     },
     "imagenet": {
         "12": {"seeds": [1, 1, 1]},
@@ -211,7 +213,8 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "16": {"images": 8},
         "18": {"seeds": [0]},
         "19": {"images": 8},
-        "20": {"seeds": [1, 1, 1], "bits_shown": [4, 3]},
+        "20": {"seeds": [1, 1, 1], "bits_shown": [4], "bits_stored": [4], "rates": [1.0e-4]},
+        "21": {"seeds": [1, 1, 1], "bits_shown": [[4, 3], [4, 3], [8, 6, 4]]},
     },
 }
 
@@ -236,4 +239,5 @@ NEEDS = {
     "18": {"main"},
     "19": {"main", "target", "coefficient", "rivals", "activations", "scratch", "schedules", "lengths", "natural"},
     "20": {"main"},
+    "21": {"main"},
 }
