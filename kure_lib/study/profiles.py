@@ -192,7 +192,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "17": {"bits_shown": [3, 2]},
         "18": {"seeds": [0], "bits_shown": [3, 2], "calibration": 32, "search": 30, "iterations": 20},
         "19": {"images": 32},
-        "20": {"seeds": [1], "bits_shown": [3], "bits_stored": [4], "rates": [1.0e-3], "calibration": 32},
+        "20": {"seeds": [[0]], "bits_shown": [[3]], "bits_stored": [4], "rates": [1.0e-3], "calibration": 32},
         "21": {"seeds": [1, 1], "bits_shown": [[3], [6]]},
     },
     "quick": {
@@ -204,7 +204,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "14": {"seeds": [1], "bits": [4, 2], "images": 2000},
         "15": {"weight_bits": [3], "calibration": 64},
         "18": {"seeds": [0], "calibration": 64, "iterations": 200},
-        "20": {"seeds": [1], "bits_shown": [3, 2], "rates": [1.0e-4, 1.0e-3], "calibration": 64},
+        "20": {"seeds": [[0]], "bits_shown": [[3, 2]], "rates": [1.0e-4, 1.0e-3], "calibration": 64},
         "21": {"seeds": [1, 1]},
     },
     "imagenet": {
@@ -213,7 +213,8 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "16": {"images": 8},
         "18": {"seeds": [0]},
         "19": {"images": 8},
-        "20": {"seeds": [1, 1, 1], "bits_shown": [4], "bits_stored": [4], "rates": [1.0e-4]},
+        "20": {"seeds": [[0]] * 3, "pipelines": [["plain"]] * 3, "bits_shown": [[4]] * 3, "bits_stored": [4],
+               "rates": [1.0e-4]},
         "21": {"seeds": [1, 1, 1], "bits_shown": [[4, 3], [4, 3], [8, 6, 4]]},
     },
 }
