@@ -213,8 +213,13 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "16": {"images": 8},
         "18": {"seeds": [0]},
         "19": {"images": 8},
-        "20": {"seeds": [[0]] * 3, "pipelines": [["plain"]] * 3, "bits_shown": [[4]] * 3, "bits_stored": [4],
-               "rates": [1.0e-4]},
+        "20": {
+            "seeds": [[0]] * 3,
+            "pipelines": [["plain"]] * 3,
+            "bits_shown": [[4]] * 3,
+            "bits_stored": [4],
+            "rates": [1.0e-4],
+        },
         "21": {"seeds": [1, 1, 1], "bits_shown": [[4, 3], [4, 3], [8, 6, 4]]},
     },
 }
