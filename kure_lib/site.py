@@ -39,6 +39,7 @@ STEPS_OF = {
     "power_of_two": "power-of-two steps",
     "bias_correction": "bias correction",
     "fold_batch_norm": "batch norms folded",
+    "equalized": "ranges equalized",
     "reestimate_batch_norm": "batch norms re-estimated",
 }
 Marked = dict[int, list[tuple[str, str]]]  # by number of a cell: kind and name of what it keeps
@@ -207,7 +208,8 @@ def _boards(pages: dict[str, str]) -> list[dict[str, Any]]:
 def _explorer(found: pd.DataFrame) -> str:
     """What the explorer shows, as JSON: control and KURE of the main arms and of quantization-aware training."""
     asked = found.part.isin(["main", "qat"]) & found.arm.isin(["control", "kure"])
-    kept = found[asked & (found.activation_ratio == 1) & ~(found.weight_bits.isna() & found.activation_bits.isna())]
+    usual = (found.activation_ratio == 1) & found.perturbation.isna()
+    kept = found[asked & usual & ~(found.weight_bits.isna() & found.activation_bits.isna())]
     both = kept[["weight_bits", "activation_bits"]].itertuples(index=False)
     shown = pd.DataFrame({
         "model": kept.model.map(show.NAME),

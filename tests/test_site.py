@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from kure_lib import notebooks, paths, site
 from kure_lib.findings import show, verdicts
 from kure_lib.paths import NOTEBOOKS, ROOT
+from kure_lib.study import evaluations
 
 FIRST, SECOND, ABSENT = "06_step_size_robustness", "07_bit_width_robustness_ptq", "08_bit_width_robustness_qat"
 STUDY = ROOT / "results" / "study"
@@ -140,6 +141,18 @@ def test_a_notebook_that_cannot_be_shown_is_named(results_folder, tmp_path, monk
         nbformat.write(book, folder / f"{FIRST}.ipynb")
     with pytest.raises(paths.KureError, match=rf"could not be built: notebooks/{FIRST}\.ipynb.*no-such-section"):
         site.build("smoke")
+
+
+def test_the_explorer_leaves_out_what_random_errors_were_added_to():
+    rows = [
+        {"model": "resnet20", "part": "main", "arm": "kure", "seed": 0, "trained_with": "", "weight_bits": 4,
+         "step_rule": "mse", "grid": "mid_rise", "scope": "per tensor", "step_ratio": 1.0, "activation_ratio": 1.0,
+         "top1": top1, "perturbation": perturbation}
+        for top1, perturbation in ((92.5, None), (90.0, "flips 0.001"))
+    ]  # fmt: skip
+    usual = dict.fromkeys(site.STEPS_OF, False)
+    found = pd.DataFrame([row | usual for row in rows], columns=list(evaluations.COLUMNS))
+    assert [row[-1] for row in json.loads(site._explorer(found))["rows"]] == [92.5]
 
 
 def test_a_formula_beyond_the_converter_is_shown_as_tex():

@@ -75,6 +75,9 @@ LINE: dict[str, dict[str, Any]] = {
     "gptq": {"color": "#882255", "linestyle": "-", "marker": "<"},
     "gptq, re-estimated": {"color": "#882255", "linestyle": ":", "marker": ">"},
     "adaround": {"color": "#999933", "linestyle": "-", "marker": "*"},
+    # what is done to ranges before
+    "folded": {"color": "#332288", "linestyle": ":", "marker": "s"},
+    "equalized": {"color": "#117733", "linestyle": "-", "marker": "P"},
     # statistics of weights that may foretell a loss
     "mean kurtosis": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "highest kurtosis": {"color": "#56B4E9", "linestyle": "--", "marker": "s"},

@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -14,7 +15,8 @@ from pydantic import (
 )  # fmt: skip
 
 from kure_lib.paths import KureError, check_known, refusal
-from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, Bits, Codebook, Format, grid_named
+from kure_lib.quantization import perturbations
+from kure_lib.tensors.grids import MID_RISE, MID_TREAD, SIGNED_INT, Bits, Codebook, Format, grid_named
 from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule, per_block
 
 IMAGES = 512  # training images to calibrate with, as many as the paper's authors take
@@ -57,6 +59,11 @@ class QuantizationSpec(BaseModel):
         reconstruction: How weights are rounded by what it does to each layer's output on calibration images, "gptq"
             or "adaround", instead of to the nearest level. Activations stay in full precision meanwhile.
         iterations: Steps in which AdaRound learns the rounding of a layer; None for all else.
+        perturbation: What a device does to the weights beside quantizing them, as in `perturbations`: "steps 1.25",
+            each layer's step off by a factor of its own; "flips 1e-4", bits that flip once all is corrected and
+            re-estimated; "stochastic", rounding at random.
+        draw: Which random numbers the perturbation takes; None without one.
+        equalized: Whether the ranges of successive convolutions are equalized, once batch norms are folded.
 
     >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
     '{"per_channel": true, "weight_bits": 3}'
@@ -80,18 +87,22 @@ class QuantizationSpec(BaseModel):
     rounding: str | None = None
     reconstruction: Literal["gptq", "adaround"] | None = None
     iterations: int | None = Field(None, ge=1)
+    perturbation: Annotated[str, AfterValidator(perturbations.canonical)] | None = None
+    draw: int | None = Field(None, ge=0)
+    equalized: bool = False
 
     @model_validator(mode="wrap")
     @classmethod
     def _name_calibration(cls, fields: Any, validate: Validate) -> "QuantizationSpec":
-        """How many calibration images are taken is filled in where any are, and so are LAPQ's search and iterations."""
+        """How many calibration images are taken is filled in where any are, and so are search, iterations and draw."""
         rule = fields.get("step_rule")
         searched = {"calibration": IMAGES, "search": SEARCH} if rule == "lapq" else {}
         learned = {"iterations": ITERATIONS} if fields.get("reconstruction") == "adaround" else {}
+        drawn = {"draw": 0} if fields.get("perturbation") else {}
         needed = any(map(fields.get, ("activation_bits", "reestimate_batch_norm", "reconstruction")))
         calibrated = {"calibration": IMAGES} if needed and rule not in TRAINED_RULES else {}
         try:
-            return validate({**calibrated, **searched, **learned, **fields})
+            return validate({**calibrated, **searched, **learned, **drawn, **fields})
         except ValidationError as error:
             raise refusal("A specification", error) from None
 
@@ -123,15 +134,34 @@ class QuantizationSpec(BaseModel):
                 raise KureError("LAPQ needs something to quantize: give weight_bits, activation_bits or both.")
         else:
             parse_rule(self.step_rule, self.scope)
+        if self.equalized and not self.fold_batch_norm:
+            raise KureError("Ranges are equalized once batch norms are folded: give fold_batch_norm=True, or leave "
+                            "equalized out.")  # fmt: skip
         if self.reconstruction and self.weight_bits is None:
             raise KureError(f"There are no weights to round by {self.reconstruction}: give weight_bits.")
         if self.reconstruction and self.bias_correction:
             raise KureError(f"Bias correction would move what {self.reconstruction} fits: leave bias_correction out.")
         if self.reconstruction == "adaround" and isinstance(self.grid, Codebook):
             raise KureError(f"AdaRound rounds up or down on an even grid, which {self.grid.name} is not: take a grid.")
+        self._check_perturbation()
         if isinstance(self.grid, Codebook) and self.weight_bits is not None:
             self.grid.levels(self.weight_bits)  # raises for a bit-width that is not the format's
         return self
+
+    def _check_perturbation(self) -> None:
+        if self.perturbation is None:
+            if self.draw is not None:
+                raise KureError(f"Only a perturbation is drawn: leave draw={self.draw} out, or give a perturbation.")
+            return
+        kind, _ = perturbations.parse(self.perturbation)
+        if self.weight_bits is None:
+            raise KureError(f"There are no quantized weights for '{self.perturbation}' to change: give weight_bits.")
+        if self.reconstruction:
+            raise KureError(f"{self.reconstruction} does not round as '{self.perturbation}' says: leave one of the two "
+                            "out.")  # fmt: skip
+        if kind != "steps" and (isinstance(self.grid, Codebook) or self.grid == MID_TREAD):
+            raise KureError(f"'{self.perturbation}' is about codes of whole bits on an even grid, which "
+                            f"{self.grid.name} has not: take mid_rise or signed_int.")  # fmt: skip
 
     def _allow_only(self, what: str, fixed: dict[str, Any], *allowed: str) -> None:
         """Raise `KureError` if a field beside `allowed` is not at its default, or one of `fixed` has another value."""

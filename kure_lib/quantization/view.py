@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrize
 from kure_lib.networks import activations
 from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
 from kure_lib.paths import KureError, check_known
-from kure_lib.quantization import calibration, layerwise
+from kure_lib.quantization import calibration, equalization, layerwise, perturbations
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
-from kure_lib.tensors.grids import UNSIGNED, Format
+from kure_lib.tensors.grids import UNSIGNED, Format, Grid
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.steps import best_step, power_of_two
 
@@ -71,17 +71,19 @@ def served(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Modul
         yield model
 
 
-def corrected(levels: Tensor, weight: Tensor) -> Tensor:
+def corrected(levels: Tensor, weight: Tensor, stored: Tensor | None = None) -> Tensor:
     """The quantized weights, shifted and scaled so that each output channel has the mean and variance it had.
 
-    [C, …], both. A batch norm or the layer's own scale can absorb the two numbers a channel (Banner et al. 2019).
-    A channel that fell on a single level is only shifted.
+    [C, …], all. A batch norm or the layer's own scale can absorb the two numbers a channel (Banner et al. 2019).
+    A channel that fell on a single level is only shifted. With `stored` the two numbers, found for `levels`, are
+    applied to what a faulty memory holds of them.
     """
     dims = tuple(range(1, weight.dim()))
     center, level_center = weight.mean(dims, keepdim=True), levels.mean(dims, keepdim=True)
     spread = (levels - level_center).square().sum(dims, keepdim=True)
     scale = ((weight - center).square().sum(dims, keepdim=True) / spread).sqrt()
-    return (levels - level_center) * torch.where(spread > 0, scale, 1.0) + center
+    stored = levels if stored is None else stored
+    return (stored - level_center) * torch.where(spread > 0, scale, 1.0) + center
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -187,6 +189,7 @@ def quantized(
     if spec.rounding or spec.step_rule in TRAINED_RULES:
         raise KureError(f"The specification {spec.key} is about how a run was trained or stored: evaluate its record.")
     model = folded(model) if spec.fold_batch_norm else model
+    model = equalization.equalized(model) if spec.equalized else model
     steps = chosen_steps(model, spec, images, layers, steps)
     with ExitStack() as stack:
         if spec.activation_bits is not None:
@@ -197,7 +200,8 @@ def quantized(
             stack.enter_context(restored(chosen))
             full = copy.deepcopy(model) if spec.reconstruction else model
             for name, layer in chosen.items():
-                step = _final(name, steps[name], spec.step_ratio, spec).to(layer.weight.device)
+                ratio = spec.step_ratio * _step_factor(name, spec)
+                step = _final(name, steps[name], ratio, spec).to(layer.weight.device)
                 if not _broadcasts(step, layer.weight):
                     raise KureError(
                         f"A step of shape {tuple(step.shape)} does not suit the weights {tuple(layer.weight.shape)} "
@@ -205,6 +209,8 @@ def quantized(
                     )
                 if spec.reconstruction:  # in the network as it stands, with all layers before this one quantized
                     weights = Values(layerwise.rounded(model, full, name, step, images, spec))
+                elif spec.perturbation == "stochastic":
+                    weights = Values(_at_random(name, layer.weight.detach(), step, spec))
                 else:
                     weights = FakeQuantize(step, spec.weight_bits, spec.grid, spec.bias_correction)
                 parametrize.register_parametrization(layer, "weight", weights)
@@ -214,7 +220,30 @@ def quantized(
         if spec.reestimate_batch_norm:
             batches, which = images.split(BATCH), spec.reestimate_batch_norm
             stack.enter_context(calibration.reestimated_batch_norm(model, batches, which))
+        if spec.perturbation and spec.perturbation.startswith("flips"):  # in memory, after all else is done
+            for name, layer in chosen.items():
+                parametrize.register_parametrization(layer, "weight", Values(_flipped(name, layer, spec)))
         yield model
+
+
+def _step_factor(name: str, spec: QuantizationSpec) -> float:
+    kind, ratio = perturbations.parse(spec.perturbation) if spec.perturbation else ("", 1.0)
+    return perturbations.step_factor(ratio, perturbations.generator(spec.draw, name)) if kind == "steps" else 1.0
+
+
+def _at_random(name: str, weight: Tensor, step: Tensor, spec: QuantizationSpec) -> Tensor:
+    rng, grid = perturbations.generator(spec.draw, name), cast(Grid, spec.grid)
+    levels = perturbations.stochastic(weight, step, spec.weight_bits, grid, rng)
+    return corrected(levels, weight) if spec.bias_correction else levels
+
+
+def _flipped(name: str, layer: nn.Module, spec: QuantizationSpec) -> Tensor:
+    """The weights of a quantized layer after its codes have flipped bits; corrected as if none had."""
+    rng, grid = perturbations.generator(spec.draw, name), cast(Grid, spec.grid)
+    weight, step = latent_weight(layer).detach(), layer.parametrizations.weight[0].step
+    levels, (_, rate) = quantize(weight, step, spec.weight_bits, grid), perturbations.parse(spec.perturbation)
+    wrong = perturbations.flipped(levels, step, spec.weight_bits, grid, rate, rng)
+    return corrected(levels, weight, wrong) if spec.bias_correction else wrong
 
 
 def _final(name: str, step: Tensor, ratio: float, spec: QuantizationSpec) -> Tensor:

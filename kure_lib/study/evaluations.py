@@ -41,6 +41,9 @@ COLUMNS = {
     "rounding": "How weights lost bits when they were made from an 8-bit copy.",
     "reconstruction": "How weights were rounded by layers' outputs, not to the nearest level: `gptq`, `adaround`.",
     "iterations": "Number of steps in which `adaround` learned to round a layer.",
+    "perturbation": "What a device did to the weights beside: `steps` off by layer, `flips` of bits, `stochastic`.",
+    "draw": "Which random numbers the perturbation took.",
+    "equalized": "Whether the ranges of successive convolutions were equalized after folding.",
     "top1": "Top-1 accuracy, percent.",
     "loss": "Mean cross-entropy, nats.",
     "precision": "Arithmetic of the evaluation, where it is on record.",
@@ -62,7 +65,7 @@ def table(profile: str) -> pd.DataFrame:
                 spec = QuantizationSpec.named(key)
                 named = {"grid": spec.grid.name, "scope": str(spec.scope)}
                 rows.append(about | dict(spec) | named | evaluation._asdict())
-    whole = dict.fromkeys(("weight_bits", "activation_bits", "calibration", "search", "iterations"), "Int64")
+    whole = dict.fromkeys(("weight_bits", "activation_bits", "calibration", "search", "iterations", "draw"), "Int64")
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(whole)
 
 

@@ -195,6 +195,8 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "17": {"bits_shown": [3, 2]},
         "18": {"seeds": [0], "bits_shown": [3, 2], "calibration": 32, "search": 30, "iterations": 20},
         "19": {"images": 32},
+        "20": {"seeds": [[0]], "bits_shown": [[3]], "bits_stored": [4], "rates": [1.0e-3], "calibration": 32},
+        "21": {"seeds": [1, 1], "bits_shown": [[3], [6]]},
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64},
@@ -205,6 +207,8 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "14": {"seeds": [1], "bits": [4, 2], "images": 2000},
         "15": {"weight_bits": [3], "calibration": 64},
         "18": {"seeds": [0], "calibration": 64, "iterations": 200},
+        "20": {"seeds": [[0]], "bits_shown": [[3, 2]], "rates": [1.0e-4, 1.0e-3], "calibration": 64},
+        "21": {"seeds": [1, 1]},
     },
     "imagenet": {
         "12": {"seeds": [1, 1, 1]},
@@ -212,6 +216,14 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "16": {"images": 8},
         "18": {"seeds": [0]},
         "19": {"images": 8},
+        "20": {
+            "seeds": [[0]] * 3,
+            "pipelines": [["plain"]] * 3,
+            "bits_shown": [[4]] * 3,
+            "bits_stored": [4],
+            "rates": [1.0e-4],
+        },
+        "21": {"seeds": [1, 1, 1], "bits_shown": [[4, 3], [4, 3], [8, 6, 4]]},
     },
 }
 
@@ -235,4 +247,6 @@ NEEDS = {
     "17": {"main", "natural", "lengths"},
     "18": {"main"},
     "19": {"main", "target", "coefficient", "rivals", "activations", "scratch", "schedules", "lengths", "natural"},
+    "20": {"main"},
+    "21": {"main"},
 }

@@ -22,6 +22,7 @@ from kure_lib.files import make_folder, write_atomically
 from kure_lib.networks import data, device, models
 from kure_lib.networks.evaluation import Evaluation
 from kure_lib.paths import KureError, in_words, results
+from kure_lib.quantization import equalization
 from kure_lib.quantization.view import folded as fold
 from kure_lib.training.configs import Frozen, RunConfig
 from kure_lib.training.loop import Curves, Steps
@@ -130,9 +131,12 @@ class Record(Frozen):
             raise KureError(f"The weights {path} are no safetensors file ({in_words(error)}): delete them and the "
                             "record of the same name to train the run again.") from None  # fmt: skip
 
-    def network(self, folded: bool = False) -> nn.Module:
-        """The trained network in evaluation mode, with `folded` batch norms if asked; the same object every time."""
-        return _network(self, folded)
+    def network(self, folded: bool = False, equalized: bool = False) -> nn.Module:
+        """The trained network in evaluation mode, with `folded` batch norms and then `equalized` ranges if asked.
+
+        The same object every time.
+        """
+        return _network(self, folded, equalized)
 
     def check_data(self) -> None:
         """Raise `KureError` if the data that are here are not those that the record names; old records name none."""
@@ -151,7 +155,9 @@ class Record(Frozen):
 
 
 @lru_cache(maxsize=8)
-def _network(record: Record, folded: bool) -> nn.Module:
+def _network(record: Record, folded: bool, equalized: bool) -> nn.Module:
+    if equalized:
+        return equalization.equalized(record.network(folded))
     if folded:
         return fold(record.network())
     weights = record.weights

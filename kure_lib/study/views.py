@@ -28,14 +28,24 @@ def quantized(record: Record, spec: QuantizationSpec) -> AbstractContextManager[
     if spec.reconstruction:
         return _reconstructed(record, spec)
     steps = _steps(record, choosing(spec))
-    unfolded = spec.model_copy(update={"fold_batch_norm": False})  # the record keeps its folded network
-    return view.quantized(record.network(spec.fold_batch_norm), unfolded, _images(record, spec), steps=steps)
+    return view.quantized(_network(record, spec), _as_kept(spec), _images(record, spec), steps=steps)
+
+
+def _network(record: Record, spec: QuantizationSpec) -> nn.Module:
+    """The network in full precision, folded and equalized if asked; the record keeps it."""
+    return record.network(spec.fold_batch_norm, spec.equalized)
+
+
+def _as_kept(spec: QuantizationSpec) -> QuantizationSpec:
+    """What is left to do to the network that the record keeps."""
+    return spec.model_copy(update={"fold_batch_norm": False, "equalized": False})
 
 
 def choosing(spec: QuantizationSpec) -> QuantizationSpec:
     """What of a specification steps are chosen by, so that those which differ in other fields share them."""
     later = (
         "step_ratio", "activation_ratio", "power_of_two", "bias_correction", "reestimate_batch_norm", "reconstruction",
+        "perturbation", "draw",
     )  # fmt: skip
     unused = () if spec.activation_bits or spec.step_rule == "lapq" else ("calibration",)
     fields = QuantizationSpec.model_fields
@@ -45,7 +55,7 @@ def choosing(spec: QuantizationSpec) -> QuantizationSpec:
 @lru_cache(maxsize=32)
 def _steps(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
     """The steps before any ratio."""
-    network = record.network(spec.fold_batch_norm)
+    network = _network(record, spec)
     if spec.step_rule == "lapq":
         return lapq.loss_aware_steps(network, *calibration.images(record.config.data, spec.calibration), spec)
     return view.chosen_steps(network, spec, _images(record, spec))
@@ -61,16 +71,15 @@ def _reconstructed(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module
     alone = {"activation_bits": None, "reestimate_batch_norm": False, "activation_ratio": 1.0}
     weights = _rounded(record, spec.model_copy(update=alone))
     rest = quantized(record, spec.model_copy(update={"weight_bits": None, "reconstruction": None}))
-    with view.served(record.network(spec.fold_batch_norm), weights), rest as network:
+    with view.served(_network(record, spec), weights), rest as network:
         yield network
 
 
 @lru_cache(maxsize=2)
 def _rounded(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
     """The weights of every quantized layer, by name."""
-    network, steps = record.network(spec.fold_batch_norm), _steps(record, choosing(spec))
-    unfolded = spec.model_copy(update={"fold_batch_norm": False})
-    with view.quantized(network, unfolded, _images(record, spec), steps=steps) as rounded:
+    network, steps = _network(record, spec), _steps(record, choosing(spec))
+    with view.quantized(network, _as_kept(spec), _images(record, spec), steps=steps) as rounded:
         return {name: layer.weight for name, layer in quantized_layers(rounded).items()}
 
 

@@ -321,6 +321,7 @@ def test_weight_steps_are_chosen_once_for_all_specifications_that_share_them(fil
     views._steps.cache_clear()
     varied = [{"step_ratio": 0.8}, {"step_ratio": 1.3}, {"power_of_two": True}, {"bias_correction": True}]
     varied += [{"reestimate_batch_norm": True, "calibration": 64}]
+    varied += [{"perturbation": name, "draw": 1} for name in ("steps 1.5", "flips 0.01", "stochastic")]
     specs = [QuantizationSpec(weight_bits=3, **fields) for fields in varied]
     results = [runs.evaluate(record, spec) for spec in specs]
     assert [count for count in asked if count] == [len(quantized_layers(record.network()))]
