@@ -77,7 +77,8 @@ def describe(profile: str, only: Iterable[str] | None = None) -> str:
 
 def _runs(planned: Plan, found: Mapping[RunConfig, Record | None], times: Mapping[RunConfig, Time]) -> str:
     """A row for each part of the plan in a network, the networks one after another, and a row for all."""
-    columns = ["network", "part", "arms", "runs", "on\nrecord", "epochs", "evaluations\non record", "weights", "time"]
+    held, weights = "evaluations\non record", "weights\nin MB"
+    columns = ["network", "part", "arms", "runs", "on\nrecord", "epochs", held, weights, "time"]
     rows = [
         (run.model, run.part, run.arm, 1, bool(record), run.config.epochs, len(record.evaluations) if record else 0,
          _size(records.weights_path(run.config)), times[run.config].seconds)
@@ -88,7 +89,7 @@ def _runs(planned: Plan, found: Mapping[RunConfig, Record | None], times: Mappin
     sums: dict[str, Any] = {"arms": _arms} | dict.fromkeys(columns[3:-1], "sum") | {"time": lambda t: sum(t)}
     parts = [each, each.assign(network="all", part="", arms="")]
     table = pd.concat([part.groupby(columns[:2], sort=False).agg(sums) for part in parts]).reset_index()
-    words = {"weights": lambda size: f"{size / 1e6:.1f} MB", "time": _in_words}
+    words = {weights: lambda size: f"{size / 1e6:.1f}", "time": _in_words}
     return _plain(table.assign(**{name: table[name].map(said) for name, said in words.items()}), text=3)
 
 

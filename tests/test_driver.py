@@ -130,7 +130,7 @@ def test_the_table_of_runs_counts_what_the_plan_and_the_files_hold(monkeypatch):
             counts[3] += len(json.loads(record.read_bytes())["evaluations"]) if record.is_file() else 0
             counts[4] += sum(file.stat().st_size for file in (folder / "weights").rglob(f"{name}.safetensors"))
     shown = {place: [*map(int, row[:4]), row[4]] for place, row in cells(said).items()}
-    assert shown == {place: [*row[:4], f"{row[4] / 1e6:.1f} MB"] for place, row in expected.items()}
+    assert shown == {place: [*row[:4], f"{row[4] / 1e6:.1f}"] for place, row in expected.items()}
     assert f"{expected['all', ''][1]} of {len(plan('study').runs)} runs are on record." in said
 
 
