@@ -1,6 +1,6 @@
 """Fixtures of the benchmarks; what they measured is printed, and a table that is whole is also kept.
 
-`pytest -m benchmark tests/benchmarks` measures everything but what takes longer than a coffee, `test_commands.py`.
+`pytest -m benchmark tests/benchmarks` with `and not slow` leaves out `test_commands.py`, which takes minutes a row.
 `--trial` measures once and shows that everything works; its numbers, and those of a selection with -k, are not kept.
 """
 

@@ -133,7 +133,7 @@ def steps_by_channel() -> Round:
 
 
 def small_network() -> nn.Module:
-    """A ResNet-20, untrained but for its batch norms: its speed does not depend on what it knows."""
+    """A ResNet-20, untrained: its speed does not depend on what it knows."""
     torch.manual_seed(0)
     return models.build("resnet20", 1, 10).eval()
 

@@ -7,7 +7,6 @@ channels-last, computes in bfloat16 where the processor does, and waits for noth
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from itertools import cycle
 
 import numpy as np
 import torch
@@ -113,14 +112,14 @@ def _endless(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 def expert_training(name: str, steps: int) -> Round:
     """So many steps."""
-    images, labels, mean, std = _in_memory(name, train=True)
+    images, labels, mean, std = in_memory(name, train=True)
     model = NETS[name]().to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
     moved = MOVED[images.shape[-1]]
 
     def work() -> None:
         chosen = torch.randperm(len(images))[: steps * BATCH]
-        for index in cycle(chosen.split(BATCH)) if len(chosen) < steps * BATCH else chosen.split(BATCH):
+        for index in chosen.split(BATCH):
             x = _augmented(images[index], moved).float().sub_(mean).div_(std)
             with _autocast():
                 loss = nn.functional.cross_entropy(
@@ -133,7 +132,7 @@ def expert_training(name: str, steps: int) -> Round:
     return work
 
 
-def _in_memory(name: str, train: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def in_memory(name: str, train: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images as bytes, labels, and mean and deviation on the scale of bytes."""
     (images, labels), about = noise(), ON_NOISE
     if name in SMALL:
@@ -254,7 +253,7 @@ def expert_variants(count: int) -> Round:
     """Weights are quantized in place and put back; images lie normalized in memory."""
     model = resnet20().to(memory_format=torch.channels_last).eval()
     steps = _given_steps(model)
-    images, labels, mean, std = _in_memory("resnet20", train=False)
+    images, labels, mean, std = in_memory("resnet20", train=False)
     images = images.float().sub_(mean).div_(std)
     return lambda: [expert_accuracy(model, steps, 4, images, labels) for _ in range(count)]
 

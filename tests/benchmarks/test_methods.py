@@ -1,7 +1,5 @@
 """The time of a training step by KURE, its rivals and quantization-aware training, in multiples of a plain one."""
 
-import statistics
-
 import ours
 from measuring import Side
 from reporting import METHODS
@@ -24,7 +22,6 @@ def test_every_method_against_plain_training(measure, keep):
     for i, name in enumerate(METHODS, 1):
         seconds = sorted(each[i].seconds / each[0].seconds for each in taken)
         keep("methods", name, (seconds, [each[i].bytes / each[0].bytes for each in taken]))
-    assert statistics.median(seconds) > 1, "no method takes less than no method"
 
 
 def training(steps: int, method: dict) -> ours.Round:

@@ -71,7 +71,7 @@ def test_the_accuracies_of_quantized_variants_agree(trained, bits):
     test, given = data.load("fashion_mnist", "test"), trained.steps[bits]
     with quantized(trained.model, weight_bits=bits) as view:
         found = evaluation.accuracy(view, test)
-    images, labels, mean, std = rivals._in_memory("resnet20", train=False)
+    images, labels, mean, std = rivals.in_memory("resnet20", train=False)
     images = images.float().sub_(mean).div_(std)
     usual = rivals.usual_accuracy(trained.model, given, bits, rivals.loader("resnet20", train=False))
     expert = rivals.expert_accuracy(trained.model, given, bits, images, labels)
