@@ -183,6 +183,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "00": {"weight_bits": [3], "calibration_size": 32, "search": 30},
         "02": {"image_count": 50},
+        "04": {"calibration": 32, "search": 30},
         "06": {"points": 3, "calibration": 32, "search": 30},
         "07": {"settings": "3/FP", "calibration": 32, "search": 30},
         "09": {"points": 3},
