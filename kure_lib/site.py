@@ -208,7 +208,7 @@ def _boards(pages: dict[str, str]) -> list[dict[str, Any]]:
 def _explorer(found: pd.DataFrame) -> str:
     """What the explorer shows, as JSON: control and KURE of the main arms and of quantization-aware training."""
     asked = found.part.isin(["main", "qat"]) & found.arm.isin(["control", "kure"])
-    usual = (found.activation_ratio == 1) & found.perturbation.isna()
+    usual = (found.activation_ratio == 1) & found.perturbation.isna() & found.accumulator_bits.isna()
     kept = found[asked & usual & ~(found.weight_bits.isna() & found.activation_bits.isna())]
     both = kept[["weight_bits", "activation_bits"]].itertuples(index=False)
     shown = pd.DataFrame({

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import TINY
 
+from kure_lib.networks import device, evaluation
 from kure_lib.training.configs import KureConfig, RunConfig
 
 
@@ -24,6 +25,13 @@ def results_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("KURE_PROFILE", "trial")
     monkeypatch.delenv("KURE_CHECK", raising=False)
     return tmp_path / "trial"
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """Networks compute in float32, on a machine with bfloat16, too: for what is compared with an oracle in float32."""
+    for module in (device, evaluation):
+        monkeypatch.setattr(module, "precision", lambda: "float32")
 
 
 @pytest.fixture

@@ -249,13 +249,16 @@ def test_the_boards_show_one_kind_of_verdict(study, tab):
     assert len(tab.run(shown)) == sum(not claim.is_question for claim in verdicts.claims().values())
 
 
+EPOCHS = {"resnet20": 10, "mobilenet_v2_050": 8}  # of pre-training, in the main arms
+
+
 def accuracies(model: str, arm: str, **spec) -> list[float]:
     """Accuracies in the main records of an arm by seed, under one specification, read without the library."""
     found = {}
     for file in (STUDY / "records").glob(f"{model}-{arm}-seed?-*.json"):
         record = json.loads(file.read_text("utf-8"))
         key = json.dumps(spec, sort_keys=True)
-        if key in record["evaluations"]:
+        if key in record["evaluations"] and record["config"]["start"]["epochs"] == EPOCHS[model]:
             found[record["config"]["seed"]] = record["evaluations"][key][0]
     return [found[seed] for seed in sorted(found)]
 

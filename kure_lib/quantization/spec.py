@@ -64,6 +64,8 @@ class QuantizationSpec(BaseModel):
             re-estimated; "stochastic", rounding at random.
         draw: Which random numbers the perturbation takes; None without one.
         equalized: Whether the ranges of successive convolutions are equalized, once batch norms are folded.
+        accumulator_bits: Bits of the accumulators in which layers sum the products of their codes, in two's complement;
+            a sum that does not fit wraps around. None: they are as wide as they need to be.
 
     >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
     '{"per_channel": true, "weight_bits": 3}'
@@ -90,6 +92,7 @@ class QuantizationSpec(BaseModel):
     perturbation: Annotated[str, AfterValidator(perturbations.canonical)] | None = None
     draw: int | None = Field(None, ge=0)
     equalized: bool = False
+    accumulator_bits: int | None = Field(None, ge=2, le=24)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -144,6 +147,14 @@ class QuantizationSpec(BaseModel):
         if self.reconstruction == "adaround" and isinstance(self.grid, Codebook):
             raise KureError(f"AdaRound rounds up or down on an even grid, which {self.grid.name} is not: take a grid.")
         self._check_perturbation()
+        if self.accumulator_bits is not None:
+            whole = {"grid": SIGNED_INT, "bias_correction": False, "reconstruction": None, "perturbation": None}
+            if self.weight_bits is None or self.scope.size or not 1 <= (self.activation_bits or 0) <= 8:
+                raise KureError("An accumulator sums products of codes: give weight_bits, activation_bits of at most "
+                                "8, and a step a tensor or a channel.")  # fmt: skip
+            if wrong := [name for name, value in whole.items() if getattr(self, name) != value]:
+                raise KureError(f"An accumulator sums whole numbers, which {wrong[0]}={getattr(self, wrong[0])!r} does "
+                                f"not leave: take {wrong[0]}={whole[wrong[0]]!r}.")  # fmt: skip
         if isinstance(self.grid, Codebook) and self.weight_bits is not None:
             self.grid.levels(self.weight_bits)  # raises for a bit-width that is not the format's
         return self

@@ -12,7 +12,7 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrize
 from kure_lib.networks import activations
 from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
 from kure_lib.paths import KureError, check_known
-from kure_lib.quantization import calibration, equalization, layerwise, perturbations
+from kure_lib.quantization import accumulators, calibration, equalization, layerwise, perturbations
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
 from kure_lib.tensors.grids import UNSIGNED, Format, Grid
 from kure_lib.tensors.quantizers import quantize
@@ -174,6 +174,7 @@ def quantized(
         KureError: A layer is unknown, weights cannot be quantized, a step is not above zero and finite or does not suit
             its weights, or calibration images are needed and missing.
 
+    >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 3))
     >>> with quantized(model, weight_bits=1) as view:
     ...     view[1].weight.unique().numel()
@@ -199,9 +200,10 @@ def quantized(
             chosen = quantized_layers(model, layers)
             stack.enter_context(restored(chosen))
             full = copy.deepcopy(model) if spec.reconstruction else model
+            final = {}
             for name, layer in chosen.items():
                 ratio = spec.step_ratio * _step_factor(name, spec)
-                step = _final(name, steps[name], ratio, spec).to(layer.weight.device)
+                step = final[name] = _final(name, steps[name], ratio, spec).to(layer.weight.device)
                 if not _broadcasts(step, layer.weight):
                     raise KureError(
                         f"A step of shape {tuple(step.shape)} does not suit the weights {tuple(layer.weight.shape)} "
@@ -223,6 +225,8 @@ def quantized(
         if spec.perturbation and spec.perturbation.startswith("flips"):  # in memory, after all else is done
             for name, layer in chosen.items():
                 parametrize.register_parametrization(layer, "weight", Values(_flipped(name, layer, spec)))
+        if spec.accumulator_bits is not None:
+            stack.enter_context(accumulators.narrow(chosen, final, spec.accumulator_bits))
         yield model
 
 
@@ -273,6 +277,8 @@ def _quantizer(site_steps: Mapping[str, Tensor], bits: int, ends: set[str]) -> C
             raise KureError(f"The activations at '{site}' were never calibrated: the calibration images do not reach "
                             "them; give images that do.")  # fmt: skip
         step = site_steps[site].to(output.device, torch.float32)
-        return quantize(output.float(), step, bits, UNSIGNED).to(output.dtype)
+        values = quantize(output.float(), step, bits, UNSIGNED).to(output.dtype)
+        values.step = step  # for a layer that sums codes
+        return values
 
     return replace

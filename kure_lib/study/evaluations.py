@@ -44,6 +44,7 @@ COLUMNS = {
     "perturbation": "What a device did to the weights beside: `steps` off by layer, `flips` of bits, `stochastic`.",
     "draw": "Which random numbers the perturbation took.",
     "equalized": "Whether the ranges of successive convolutions were equalized after folding.",
+    "accumulator_bits": "Bits of the accumulators in which sums wrapped around; empty where they were wide enough.",
     "top1": "Top-1 accuracy, percent.",
     "loss": "Mean cross-entropy, nats.",
     "precision": "Arithmetic of the evaluation, where it is on record.",
@@ -65,7 +66,8 @@ def table(profile: str) -> pd.DataFrame:
                 spec = QuantizationSpec.named(key)
                 named = {"grid": spec.grid.name, "scope": str(spec.scope)}
                 rows.append(about | dict(spec) | named | evaluation._asdict())
-    whole = dict.fromkeys(("weight_bits", "activation_bits", "calibration", "search", "iterations", "draw"), "Int64")
+    numbers = "weight_bits", "activation_bits", "calibration", "search", "iterations", "draw", "accumulator_bits"
+    whole = dict.fromkeys(numbers, "Int64")
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(whole)
 
 

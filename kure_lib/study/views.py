@@ -45,7 +45,7 @@ def choosing(spec: QuantizationSpec) -> QuantizationSpec:
     """What of a specification steps are chosen by, so that those which differ in other fields share them."""
     later = (
         "step_ratio", "activation_ratio", "power_of_two", "bias_correction", "reestimate_batch_norm", "reconstruction",
-        "perturbation", "draw",
+        "perturbation", "draw", "accumulator_bits",
     )  # fmt: skip
     unused = () if spec.activation_bits or spec.step_rule == "lapq" else ("calibration",)
     fields = QuantizationSpec.model_fields

@@ -27,7 +27,11 @@ def test_the_numbers_are_those_of_the_results(copied):
     lines = answer.markdown("notebooks/").splitlines()
     gains = pd.read_csv(copied / "figures" / "gain_by_pipeline.csv")
     plain = gains.query("model == 'resnet20' and setting == '2/FP' and steps == 'plain'").gain
-    assert len(lines) == 6 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
+    assert len(lines) == 7 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
+    rows = json.loads((copied / "verdicts" / "P4.json").read_text("utf-8"))["parts"]["04_training"]["effects"]
+    for steps, before in {"LAPQ": ", ", "practice": " and "}.items():
+        longer = [row["effect"] for row in rows if row["setting"] == f"{steps}, w2"]
+        assert f"{before}{sum(longer) / len(longer):.1f}" in lines[1].partition("for 60 epochs")[2]
     rows = json.loads((copied / "verdicts" / "S2.json").read_text("utf-8"))["parts"]["06_step_size_robustness"][
         "effects"
     ]
@@ -39,10 +43,14 @@ def test_the_numbers_are_those_of_the_results(copied):
     lost = (wide.full - wide["as trained"]).groupby([wide.model, wide.w_bits]).mean()
     means = back.groupby([wide.model, wide.w_bits]).mean()[lost >= 2]
     assert f"give back {means.min():.0f} to {means.max():.0f} % of the loss" in lines[4]
+    spared = pd.read_csv(copied / "figures" / "20_spared.csv").query(
+        "error == 'sums in 10 bits' and pipeline == 'plain'"
+    )
+    assert f"KURE loses {-spared.gain.sum() / len(spared):.0f} points more than its control" in lines[5]
     natural = pd.read_csv(copied / "figures" / "17_pipelines.csv").query("pipeline == 'plain' and arm != 'pretrained'")
     arms = natural.pivot(index=["w_bits", "seed"], columns="arm", values="top1")
     gains = (arms.kure - arms.control).groupby("w_bits").mean()
-    assert f"gains {gains.min():.1f} to {gains.max():.1f} points with plain steps" in lines[5]
+    assert f"gains {gains.min():.1f} to {gains.max():.1f} points with plain steps" in lines[6]
 
 
 def test_a_sentence_about_another_verdict_is_refused(copied):

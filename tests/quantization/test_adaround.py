@@ -73,7 +73,7 @@ def test_inputs_that_are_always_zero_leave_finite_levels():
 
 
 @pytest.mark.parametrize("options", [{}, {"scope": PER_CHANNEL}, {"grid": SIGNED_INT, "power_of_two": True}], ids=str)
-def test_the_view_fits_each_layer_to_its_output_in_full_precision_and_leaves_no_trace(tiny_model, options):
+def test_the_view_fits_each_layer_to_its_output_in_full_precision_and_leaves_no_trace(tiny_model, options, float32):
     images = torch.randn(100, 1, 10, 10, generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     spec = QuantizationSpec(weight_bits=3, reconstruction="adaround", iterations=300, **options)

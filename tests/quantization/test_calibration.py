@@ -319,7 +319,7 @@ def test_weights_that_cannot_be_quantized_name_their_layer(network, images):
 
 
 @pytest.mark.parametrize("which", ["means", "variances"])
-def test_one_statistic_is_taken_anew_and_the_other_stays_as_it_was_trained(network, images, which):
+def test_one_statistic_is_taken_anew_and_the_other_stays_as_it_was_trained(network, images, which, float32):
     """Layer by layer as the definition says: every norm sees what the norms before it, half renewed, make of images."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]

@@ -29,7 +29,8 @@ def test_the_profiles_have_the_runs_of_the_design():
         + (3 * 3 + 4 + 2 * 2 + 9)
         + rivals
         + 3 * 3
-        + (3 * 3 + 2 * 3),
+        + (3 * 3 + 2 * 3)
+        + 4 * 3,
         "imagenet": 3 * 3 + (3 + 1),
         "large": (3 * 3 + 4 + 2 * 2 * 3 + 3 * 3) + 3 * 3,
     }
