@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TINY
 
-from kure_lib.networks import device, evaluation
+from kure_lib.networks import device
 from kure_lib.training.configs import KureConfig, RunConfig
 
 
@@ -28,10 +28,10 @@ def results_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def float32(monkeypatch):
+def float32():
     """Networks compute in float32, on a machine with bfloat16, too: for what is compared with an oracle in float32."""
-    for module in (device, evaluation):
-        monkeypatch.setattr(module, "precision", lambda: "float32")
+    with device.in_float32():
+        yield
 
 
 @pytest.fixture

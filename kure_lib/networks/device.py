@@ -17,6 +17,7 @@ import torch
 
 from kure_lib.paths import ROOT, KureError
 
+_everywhere = False  # whether networks compute in float32 on every machine
 CLEARLY = 1.3  # times as fast: what bfloat16 must be to be worth its rounding
 
 
@@ -87,9 +88,24 @@ def _quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgr
     return min(shares)
 
 
-@cache
 def precision() -> Literal["float32", "bfloat16"]:
     """`bfloat16` where the machine multiplies it natively and clearly faster than float32, else `float32`."""
+    return "float32" if _everywhere else _of_machine()
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """A block in which networks compute in float32 on every machine, so that what is printed agrees between them."""
+    global _everywhere
+    before, _everywhere = _everywhere, True
+    try:
+        yield
+    finally:
+        _everywhere = before
+
+
+@cache
+def _of_machine() -> Literal["float32", "bfloat16"]:
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # not that of a V100 or T4
         return "bfloat16" if native else "float32"

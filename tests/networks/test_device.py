@@ -71,7 +71,18 @@ def test_emulated_bfloat16_does_not_count(seen, monkeypatch, major, precision):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
-    assert device.precision.__wrapped__() == precision
+    assert device._of_machine.__wrapped__() == precision
+
+
+def test_what_is_to_agree_between_machines_is_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(device, "_of_machine", lambda: "bfloat16")
+    x = torch.ones(8, 8)
+    assert device.precision() == "bfloat16"
+    with pytest.raises(ZeroDivisionError), device.in_float32(), device.autocast():
+        assert device.precision() == "float32" and (x @ x).dtype == torch.float32
+        raise ZeroDivisionError
+    with device.autocast():
+        assert device.precision() == "bfloat16" and (x @ x).dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes to cores")
