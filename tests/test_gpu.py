@@ -101,9 +101,7 @@ def test_a_step_never_waits(split):
     assert values["penalty"] > 0 and values["train_loss"] > 0
 
 
-def test_training_and_evaluation_agree_with_the_processor_in_float32(split, monkeypatch):
-    monkeypatch.setattr(device, "precision", lambda: "float32")
-    monkeypatch.setattr(evaluation, "precision", lambda: "float32")
+def test_training_and_evaluation_agree_with_the_processor_in_float32(split, monkeypatch, float32):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     results = []
     for place in ("cpu", "cuda"):

@@ -62,8 +62,7 @@ def numbers(model, method):
 
 def work(report, file, start, checkpoint):
     """What two processes do in one group, as to begin takes them seconds: all cases, a run, and one that is refused."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "precision", lambda: "float32")
+    with device.in_float32():
         found = {}
         for name, config in CASES.items():
             model, method, optimizer, batches = beginning(config)
@@ -125,11 +124,6 @@ def by_hand(config, times=1):
                 method.average.update_parameters(model)
     means = torch.tensor(curves).mean(0).tolist()
     return numbers(model, method), dict(zip(("train_loss", "penalty", "train_top1"), means, strict=True))
-
-
-@pytest.fixture
-def float32(monkeypatch):
-    monkeypatch.setattr(device, "precision", lambda: "float32")
 
 
 @pytest.mark.parametrize("name", CASES)
