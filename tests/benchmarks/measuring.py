@@ -6,12 +6,14 @@ import platform
 import re
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import cpuinfo
@@ -26,6 +28,8 @@ from kure_lib.networks import device
 SMALL = (10_000,)  # arguments of a first round, which does not count
 THREADS = psutil.cpu_count(logical=False) or os.cpu_count() or 1  # what torch uses unless told otherwise
 Prepare = Callable[..., Callable[[], object]]  # makes a round
+FRESH = multiprocessing.get_context("forkserver")  # a process starts as one that has imported this, and done nothing
+FRESH.set_forkserver_preload(["scipy.optimize", "torchvision", "kure_lib.quantization.lapq", "kure_lib.training.loop"])
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,8 @@ class _Contender:
     """A process of a side, which makes a round whenever it is told to."""
 
     def __init__(self, side: Side):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, far_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(far_end, side))
+        self.pipe, far_end = FRESH.Pipe()
+        self.process = FRESH.Process(target=_serve, args=(far_end, side))
         self.process.start()
         far_end.close()
 
@@ -124,7 +127,11 @@ def _serve(pipe, side: Side) -> None:
 
 
 def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Bytes of memory that this process has needed at most; `getrusage` tells at least those of the one it came from."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def alone(prepare: Prepare, *arguments, rounds: int) -> Taken:
@@ -132,7 +139,7 @@ def alone(prepare: Prepare, *arguments, rounds: int) -> Taken:
 
     Of the memory what `prepare` needs does not count.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+    with ProcessPoolExecutor(1, FRESH) as fresh:
         return fresh.submit(_measured, prepare, arguments, rounds).result()
 
 
