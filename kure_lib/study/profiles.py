@@ -35,8 +35,9 @@ class Recipe:
     as `fine_tuning` does, but for what `quantized_tuning` says. `contenders` are fine-tuned with `rival_seeds`, and
     where `held_out` is not zero also tuned, on that many images held out; `schedules` are other learning rates for
     control and KURE, with `schedule_seeds`; `lengths` are other numbers of epochs of pre-training for the three main
-    arms, with `length_seeds`. `part` is that of the three main arms: `main`, or `natural` for a network on natural
-    images, which has a notebook of its own, or `group_norm` for one whose norms are no batch norms.
+    arms, with `length_seeds`, which may be more than `seeds`. `part` is that of the three main arms: `main`, or
+    `natural` for a network on natural images, which has a notebook of its own, or `group_norm` for one whose norms are
+    no batch norms.
     """
 
     model: str
@@ -183,7 +184,6 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "00": {"weight_bits": [3], "calibration_size": 32, "search": 30},
         "02": {"image_count": 50},
-        "04": {"calibration": 32, "search": 30},
         "06": {"points": 3, "calibration": 32, "search": 30},
         "07": {"settings": "3/FP", "calibration": 32, "search": 30, "repeats": 1},
         "09": {"points": 3},
@@ -205,6 +205,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
             "calibration": 32,
         },
         "21": {"seeds": [1, 1], "bits_shown": [[3], [6]]},
+        "22": {"bits_shown": [3], "calibration": 32, "search": 30},
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64},
@@ -240,7 +241,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
 NEEDS = {
     "00": {"main"},
     "02": {"main"},
-    "04": {"main", "coefficient", "scratch", "lengths"},
+    "04": {"main", "coefficient", "scratch"},
     "05": {"main", "target", "coefficient"},
     "06": {"main", "qat"},
     "07": {"main"},
@@ -258,4 +259,5 @@ NEEDS = {
     "19": {"main", "target", "coefficient", "rivals", "activations", "scratch", "schedules", "lengths", "natural"},
     "20": {"main"},
     "21": {"main"},
+    "22": {"main", "lengths"},
 }

@@ -120,6 +120,14 @@ def test_other_lengths_of_pretraining_repeat_the_main_arms(monkeypatch):
         assert run.config == usual.config.model_copy(update=same)
 
 
+def test_another_length_may_have_more_seeds_than_the_usual_one(monkeypatch):
+    small = replace(PROFILES["study"][0], seeds=1, lengths=(60,), length_seeds=2)
+    monkeypatch.setitem(PROFILES, "study", (small,))
+    planned = plan("study")
+    assert {run.seed for run in planned.runs if run.part != "lengths"} == {0}
+    assert [run.seed for run in planned.select(part="lengths", arm="kure")] == [0, 1]
+
+
 def test_profiles_differ_in_scale():
     assert all(run.config.train_size == 1024 for run in plan("smoke").runs)
     for profile in ("quick", "study"):
