@@ -182,7 +182,7 @@ def plan(profile: str) -> Plan:
     """
     check_known("profile", profile, PROFILES)
     recipes = PROFILES[profile]
-    seeds = range(max(max(recipe.seeds, recipe.length_seeds) for recipe in recipes))
+    seeds = range(max(recipe.seeds for recipe in recipes))
     planned = [run for seed in seeds for recipe in recipes for run in _runs(recipe, seed)]
     return Plan(profile, tuple(sorted(planned, key=lambda run: run.part != "main")))
 
@@ -200,14 +200,8 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
             planned("kure", part, recipe.fine_tuning, start=first.config, regularizer=KURE),
         ]
 
-    longer = [
-        run
-        for epochs in recipe.lengths
-        if seed < recipe.length_seeds
-        for run in main_arms("lengths", recipe.pretraining | {"epochs": epochs})
-    ]
     if seed >= recipe.seeds:
-        return longer
+        return []
     result = main_arms(recipe.part, recipe.pretraining)
     start = {"start": result[0].config}
     if seed < recipe.sweep_seeds:
@@ -237,7 +231,9 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
             settings = recipe.fine_tuning | schedule
             result.append(planned("control", "schedules", settings, **start))
             result.append(planned("kure", "schedules", settings, **start, regularizer=KURE))
-    result += longer
+    if seed < recipe.length_seeds:
+        for epochs in recipe.lengths:
+            result += main_arms("lengths", recipe.pretraining | {"epochs": epochs})
     if seed == 0 and recipe.held_out:
         first = planned("pretrained", "tuning", recipe.pretraining, held_out=recipe.held_out)
         tried = {"start": first.config, "held_out": recipe.held_out, "train_size": TUNING_SIZE}

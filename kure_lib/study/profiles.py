@@ -35,9 +35,8 @@ class Recipe:
     as `fine_tuning` does, but for what `quantized_tuning` says. `contenders` are fine-tuned with `rival_seeds`, and
     where `held_out` is not zero also tuned, on that many images held out; `schedules` are other learning rates for
     control and KURE, with `schedule_seeds`; `lengths` are other numbers of epochs of pre-training for the three main
-    arms, with `length_seeds`, which may be more than `seeds`. `part` is that of the three main arms: `main`, or
-    `natural` for a network on natural images, which has a notebook of its own, or `group_norm` for one whose norms are
-    no batch norms.
+    arms, with `length_seeds`. `part` is that of the three main arms: `main`, or `natural` for a network on natural
+    images, which has a notebook of its own, or `group_norm` for one whose norms are no batch norms.
     """
 
     model: str
@@ -163,7 +162,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
               lengths=(60,), length_seeds=4,
               quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
-        _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"],
+        _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"], lengths=(24,), length_seeds=3,
               contenders=ONCE_DIFFERENTIABLE, rival_seeds=1,
               quantizers=(("dorefa 4/8", 1), ("lsq 4/8", 1))),
         _with(SMALL_RESNET, {"learning_rate": 0.1}, seeds=3, **GROUP_NORM),  # at 0.2 its training is unstable

@@ -127,7 +127,7 @@ def _serve(pipe, side: Side) -> None:
 
 
 def _peak() -> int:
-    """Bytes of memory that this process has needed at most; `getrusage` tells at least those of the one it came from."""
+    """Bytes that this process has needed at most; `getrusage` tells at least those of the one it was started by."""
     status = Path("/proc/self/status")
     if status.is_file():
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
