@@ -35,7 +35,7 @@ def markdown(folder: str) -> str:
     missed = verdicts.means("K1").abs().max()
     gains = pd.read_csv(paths.results() / "figures" / "gain_by_pipeline.csv")
     two_bits = gains[(gains.model == "resnet20") & (gains.setting == "2/FP")].groupby("steps").gain.mean()
-    lengths = pd.read_csv(paths.results() / "figures" / "longer_training_resnet20.csv").query("w_bits == 2")
+    lengths = pd.read_csv(paths.results() / "figures" / "longer_training.csv").query("w_bits == 2")
     longer = lengths[lengths.epochs == lengths.epochs.max()].groupby("pipeline").saved.mean()
     robust = 50 + verdicts.means("K2")
     lost = verdicts.means("S2")

@@ -28,7 +28,7 @@ def test_the_numbers_are_those_of_the_results(copied):
     gains = pd.read_csv(copied / "figures" / "gain_by_pipeline.csv")
     plain = gains.query("model == 'resnet20' and setting == '2/FP' and steps == 'plain'").gain
     assert len(lines) == 7 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
-    rows = json.loads((copied / "verdicts" / "P4.json").read_text("utf-8"))["parts"]["04_training"]["effects"]
+    rows = json.loads((copied / "verdicts" / "P4.json").read_text("utf-8"))["parts"]["22_longer_training"]["effects"]
     for steps, before in {"LAPQ": ", ", "practice": " and "}.items():
         longer = [row["effect"] for row in rows if row["setting"] == f"{steps}, w2"]
         assert f"{before}{sum(longer) / len(longer):.1f}" in lines[1].partition("for 60 epochs")[2]
