@@ -153,15 +153,15 @@ METHODS = {
 
 
 class Methods(Table):
-    """By method the times that a step took in multiples of a plain one, and its memory."""
+    """By method the times that a step took in multiples of a plain one."""
 
     whole = set(METHODS)
-    head = ["training by", "time of a plain step", "range", "memory of plain training"]
+    head = ["training by", "time of a plain step", "range"]
 
     def cells(self) -> list[list[str]]:
         return [
-            [words, f"{statistics.median(times):.2f} ×", _range(times), f"{statistics.median(memory):.2f} ×"]
-            for name, words in METHODS.items() if name in self.found for times, memory in [self.found[name]]
+            [words, f"{statistics.median(self.found[name]):.2f} ×", _range(self.found[name])]
+            for name, words in METHODS.items() if name in self.found
         ]  # fmt: skip
 
     def below(self) -> str:

@@ -20,8 +20,7 @@ def test_every_method_against_plain_training(measure, keep):
     taken = measure("training by every method", [Side(training, (STEPS, {})), *(
         Side(training, (STEPS, settings[name])) for name in METHODS)], ROUNDS)  # fmt: skip
     for i, name in enumerate(METHODS, 1):
-        seconds = sorted(each[i].seconds / each[0].seconds for each in taken)
-        keep("methods", name, (seconds, [each[i].bytes / each[0].bytes for each in taken]))
+        keep("methods", name, sorted(each[i].seconds / each[0].seconds for each in taken))
 
 
 def training(steps: int, method: dict) -> ours.Round:
