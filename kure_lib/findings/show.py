@@ -97,6 +97,7 @@ NAME = {
     "noise": "weight noise", "sam": "SAM", "ema": "EMA", "kure_outliers": "KURE + outliers",
     "activations": "KURE of activations",
     "resnet20": "ResNet-20", "resnet20_group_norm": "ResNet-20, group norm", "mobilenet_v2_050": "MobileNet-V2 0.5",
+    "vit_small_images": "ViT",
     "resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNet-V2",
     "int8": "INT8", "int4": "INT4", "int3": "INT3", "fp8_e4m3": "FP8 E4M3", "fp8_e5m2": "FP8 E5M2",
     "fp6_e2m3": "FP6 E2M3", "fp6_e3m2": "FP6 E3M2", "fp4_e2m1": "FP4 E2M1", "nf4": "NF4", "pot4": "power of two",

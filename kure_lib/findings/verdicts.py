@@ -71,7 +71,7 @@ class Claim:
 
     @property
     def is_question(self) -> bool:
-        return self.id[0] in "PMNGFDEQ"
+        return self.id[0] in "PMNGFDEAQ"
 
 
 @cache

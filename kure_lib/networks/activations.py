@@ -1,7 +1,8 @@
 """The activations of a network: where they are, and how they are watched or replaced while a `with` block lasts.
 
-A site is one use of a ReLU. torchvision's residual blocks use one module twice, so a module's name is not
-enough: `layer1.0.relu:1` is the second use of `layer1.0.relu` in a forward pass.
+A site is one use of a ReLU, or, in a network without them such as a transformer, of the input of a convolution or
+linear layer. torchvision's residual blocks use one module twice, so a module's name is not enough: `layer1.0.relu:1` is
+the second use of `layer1.0.relu` in a forward pass.
 """
 
 from collections import Counter
@@ -11,32 +12,54 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kure_lib.networks.layers import QUANTIZABLE
 from kure_lib.paths import KureError
+from kure_lib.tensors.grids import SIGNED_INT, UNSIGNED, Grid
+
+RELUS = (nn.ReLU, nn.ReLU6)
+
+
+def rectified(model: nn.Module) -> bool:
+    """Whether the network has ReLUs, whose outputs are its activations; otherwise they are the inputs of its layers."""
+    return any(isinstance(module, RELUS) for module in model.modules())
+
+
+def check_rectified(model: nn.Module) -> None:
+    """Raise `KureError` for a network without ReLUs, where what is trained for their outputs means nothing."""
+    if not rectified(model):
+        raise KureError(f"{type(model).__name__} has no ReLUs, whose outputs quantization-aware training and KURE of "
+                        "activations are about: train it in full precision, with KURE of its weights.")  # fmt: skip
+
+
+def grid(model: nn.Module) -> Grid:
+    """The grid of the activations: `UNSIGNED` after ReLUs, else `SIGNED_INT`."""
+    return UNSIGNED if rectified(model) else SIGNED_INT
 
 
 @contextmanager
 def replaced(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Iterator[nn.Module]:
     """The model with the output of every ReLU and ReLU6 replaced by `replace(site, output)`.
 
-    Sites are named in the order of their use within one forward pass of `model`. After the block, also when
-    an exception leaves it, the model computes what it did before.
+    Without any of them it is the input of every convolution and linear layer. Sites are named in the order of their
+    use within one forward pass of `model`. After the block, also when an exception leaves it, the model computes what
+    it did before.
     """
     uses: Counter[str] = Counter()
     handles = [model.register_forward_pre_hook(lambda *_: uses.clear())]
+    relus = rectified(model)
 
     def hook_for(name: str) -> Callable:
-        def hook(module, inputs, output):
+        def hook(module: nn.Module, inputs: tuple, output: Tensor | None = None) -> Tensor:
             site = f"{name}:{uses[name]}"
             uses[name] += 1
-            return replace(site, output)
+            return replace(site, inputs[0] if output is None else output)
 
         return hook
 
-    handles += [
-        module.register_forward_hook(hook_for(name))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ReLU | nn.ReLU6)
-    ]
+    for name, module in model.named_modules():
+        if isinstance(module, RELUS if relus else QUANTIZABLE):
+            watch = module.register_forward_hook if relus else module.register_forward_pre_hook
+            handles.append(watch(hook_for(name)))
     try:
         yield model
     finally:
@@ -64,10 +87,10 @@ def sites(model: nn.Module, images: Tensor) -> list[str]:
 def quantized_sites(model: nn.Module, images: Tensor) -> list[str]:
     """The sites whose activations are quantized: all but the first and the last, as with the layers.
 
-    Raises `KureError` if there is none, as in a network without ReLUs.
+    Raises `KureError` if there is none, as in a network of two layers.
     """
     inner = sites(model, images)[1:-1]
     if not inner:
-        raise KureError("There is no activation to quantize: only the outputs of nn.ReLU and nn.ReLU6 are, but for the "
-                        "first and the last; leave activation_bits out.")  # fmt: skip
+        raise KureError("There is no activation to quantize: the outputs of nn.ReLU and nn.ReLU6 are, or without any "
+                        "the inputs of layers, but for the first and the last; leave activation_bits out.")  # fmt: skip
     return inner

@@ -11,7 +11,7 @@ from torch.nn.functional import batch_norm
 from kure_lib.networks import activations, device
 from kure_lib.paths import KureError
 from kure_lib.quantization.spec import IMAGES
-from kure_lib.tensors.grids import UNSIGNED
+from kure_lib.tensors.grids import UNSIGNED, Grid
 from kure_lib.tensors.samples import EmpiricalDistribution
 from kure_lib.tensors.steps import best_step
 
@@ -69,15 +69,17 @@ def seen_by_norms(model: nn.Module, batch: Tensor) -> list[tuple[Tensor, Tensor]
     return found
 
 
-def activation_steps(observed: Mapping[str, EmpiricalDistribution], bits: int, rule: str = "mse") -> dict[str, Tensor]:
-    """The step of every observed site on the `UNSIGNED` grid, chosen by `rule` (see `steps.best_step`).
+def activation_steps(
+    observed: Mapping[str, EmpiricalDistribution], bits: int, rule: str = "mse", grid: Grid = UNSIGNED
+) -> dict[str, Tensor]:
+    """The step of every observed site on the grid of the activations, chosen by `rule` (see `steps.best_step`).
 
     Raises `KureError` naming the site if its activations are zero for all images: it cannot be calibrated.
     """
     chosen = {}
     for site, seen in observed.items():
         try:
-            chosen[site] = best_step(seen, bits, UNSIGNED, rule)
+            chosen[site] = best_step(seen, bits, grid, rule)
         except KureError as error:
             raise KureError(f"The activations at '{site}' cannot be calibrated: {error}") from None
     return chosen

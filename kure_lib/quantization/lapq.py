@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kure_lib import progress
-from kure_lib.networks import device
+from kure_lib.networks import activations, device
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
 from kure_lib.quantization import calibration, view
@@ -45,7 +45,7 @@ def loss_aware_steps(model: nn.Module, images: Tensor, labels: Tensor, spec: Qua
     @cache
     def start(p: float) -> dict[str, float]:
         steps = view.weight_steps(layers, plain.model_copy(update={"step_rule": f"lp:{p}"}))
-        steps |= calibration.activation_steps(observed, plain.activation_bits, f"lp:{p}")
+        steps |= calibration.activation_steps(observed, plain.activation_bits, f"lp:{p}", activations.grid(model))
         return {name: step.item() for name, step in steps.items()}
 
     placed = dict[str, float]()

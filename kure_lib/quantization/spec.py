@@ -42,7 +42,8 @@ class QuantizationSpec(BaseModel):
 
     Args:
         weight_bits: Bit-width of the weights of all convolutions and linear layers but the first and the last.
-        activation_bits: Bit-width of the outputs of all ReLUs but the first and the last, on the `UNSIGNED` grid.
+        activation_bits: Bit-width of the outputs of all ReLUs but the first and the last, on the `UNSIGNED` grid; in a
+            network without ReLUs, of the inputs of all layers but these, on the `SIGNED_INT` grid.
         step_rule: How steps are chosen: a rule of `steps.best_step`, "lapq", or the trained "dorefa" and "lsq".
         grid: Grid or codebook of the weights, or its name.
         scope: Which weights share a step: `PER_TENSOR`, `PER_CHANNEL` or `per_block(size)`.
@@ -66,6 +67,8 @@ class QuantizationSpec(BaseModel):
         equalized: Whether the ranges of successive convolutions are equalized, once batch norms are folded.
         accumulator_bits: Bits of the accumulators in which layers sum the products of their codes, in two's complement;
             a sum that does not fit wraps around. None: they are as wide as they need to be.
+        transform: What is done to linear layers before anything is quantized, as in `transforms`: "smoothed" or
+            "rotated".
 
     >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
     '{"per_channel": true, "weight_bits": 3}'
@@ -93,6 +96,7 @@ class QuantizationSpec(BaseModel):
     draw: int | None = Field(None, ge=0)
     equalized: bool = False
     accumulator_bits: int | None = Field(None, ge=2, le=24)
+    transform: Literal["smoothed", "rotated"] | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -103,6 +107,7 @@ class QuantizationSpec(BaseModel):
         learned = {"iterations": ITERATIONS} if fields.get("reconstruction") == "adaround" else {}
         drawn = {"draw": 0} if fields.get("perturbation") else {}
         needed = any(map(fields.get, ("activation_bits", "reestimate_batch_norm", "reconstruction")))
+        needed |= fields.get("transform") == "smoothed"
         calibrated = {"calibration": IMAGES} if needed and rule not in TRAINED_RULES else {}
         try:
             return validate({**calibrated, **searched, **learned, **drawn, **fields})
@@ -140,6 +145,9 @@ class QuantizationSpec(BaseModel):
         if self.equalized and not self.fold_batch_norm:
             raise KureError("Ranges are equalized once batch norms are folded: give fold_batch_norm=True, or leave "
                             "equalized out.")  # fmt: skip
+        if self.transform and self.fold_batch_norm:
+            raise KureError(f"A {self.transform} network has linear layers alone, with no batch norm to fold: leave "
+                            "fold_batch_norm or transform out.")  # fmt: skip
         if self.reconstruction and self.weight_bits is None:
             raise KureError(f"There are no weights to round by {self.reconstruction}: give weight_bits.")
         if self.reconstruction and self.bias_correction:

@@ -12,9 +12,9 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrize
 from kure_lib.networks import activations
 from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
 from kure_lib.paths import KureError, check_known
-from kure_lib.quantization import accumulators, calibration, equalization, layerwise, perturbations
+from kure_lib.quantization import accumulators, calibration, equalization, layerwise, perturbations, transforms
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
-from kure_lib.tensors.grids import UNSIGNED, Format, Grid
+from kure_lib.tensors.grids import Format, Grid
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.steps import best_step, power_of_two
 
@@ -144,7 +144,8 @@ def chosen_steps(
         check_known("layer or site that is quantized", name, [*chosen, *dict.fromkeys(sites)])
     if not set(sites) <= steps.keys():
         observed = calibration.observe(model, images)
-        steps = calibration.activation_steps(observed, spec.activation_bits, spec.step_rule) | steps
+        grid = activations.grid(model)
+        steps = calibration.activation_steps(observed, spec.activation_bits, spec.step_rule, grid) | steps
     missing = {name: layer for name, layer in chosen.items() if name not in steps}
     return steps | (weight_steps(missing, spec) if missing else {})
 
@@ -163,7 +164,7 @@ def quantized(
     Nothing is written into the model: after the block, also when an exception leaves it, it is what it was.
 
     Args:
-        model: Network in full precision; with `fold_batch_norm` the view is of a folded copy.
+        model: Network in full precision; with `fold_batch_norm` or `transform` the view is of a changed copy.
         spec: How it is quantized; its fields may be given as keywords instead, as in `weight_bits=3`.
         images: Calibration images [N, C, H, W] for activations, batch norms and reconstruction.
         layers: Names of the layers to quantize; the default is all but the first and the last.
@@ -191,6 +192,7 @@ def quantized(
         raise KureError(f"The specification {spec.key} is about how a run was trained or stored: evaluate its record.")
     model = folded(model) if spec.fold_batch_norm else model
     model = equalization.equalized(model) if spec.equalized else model
+    model = transforms.transformed(model, spec.transform, images) if spec.transform else model
     steps = chosen_steps(model, spec, images, layers, steps)
     with ExitStack() as stack:
         if spec.activation_bits is not None:
@@ -217,7 +219,7 @@ def quantized(
                     weights = FakeQuantize(step, spec.weight_bits, spec.grid, spec.bias_correction)
                 parametrize.register_parametrization(layer, "weight", weights)
         if spec.activation_bits is not None:
-            quantizer = _quantizer(site_steps, spec.activation_bits, {first, last})
+            quantizer = _quantizer(site_steps, spec.activation_bits, activations.grid(model), {first, last})
             stack.enter_context(activations.replaced(model, quantizer))
         if spec.reestimate_batch_norm:
             batches, which = images.split(BATCH), spec.reestimate_batch_norm
@@ -269,7 +271,9 @@ def _broadcasts(step: Tensor, weight: Tensor) -> bool:
         return False
 
 
-def _quantizer(site_steps: Mapping[str, Tensor], bits: int, ends: set[str]) -> Callable[[str, Tensor], Tensor]:
+def _quantizer(
+    site_steps: Mapping[str, Tensor], bits: int, grid: Grid, ends: set[str]
+) -> Callable[[str, Tensor], Tensor]:
     def replace(site: str, output: Tensor) -> Tensor:
         if site in ends:
             return output
@@ -277,7 +281,7 @@ def _quantizer(site_steps: Mapping[str, Tensor], bits: int, ends: set[str]) -> C
             raise KureError(f"The activations at '{site}' were never calibrated: the calibration images do not reach "
                             "them; give images that do.")  # fmt: skip
         step = site_steps[site].to(output.device, torch.float32)
-        values = quantize(output.float(), step, bits, UNSIGNED).to(output.dtype)
+        values = quantize(output.float(), step, bits, grid).to(output.dtype)
         values.step = step  # for a layer that sums codes
         return values
 

@@ -22,9 +22,16 @@ ACTIVATION_KURE = KureConfig(of="activations")
 ARMS = ("pretrained", "control", "kure", "scratch", "activations")  # and those of `Recipe.contenders`
 PARTS = (
     "main", "target", "coefficient", "qat", "activations", "scratch", "rivals", "tuning", "schedules", "lengths",
-    "natural", "group_norm",
+    "natural", "group_norm", "transformer",
 )  # fmt: skip
-ASIDE = ("tuning", "schedules", "lengths", "natural", "group_norm")  # parts with arms that others have, too
+ASIDE = (
+    "tuning",
+    "schedules",
+    "lengths",
+    "natural",
+    "group_norm",
+    "transformer",
+)  # parts with arms that others have, too
 CHOICES = ("model", "arm", "part", "seed", "target", "coefficient", "quantizer")
 FEW = 3  # evaluations that are made without a word
 COLUMNS = (

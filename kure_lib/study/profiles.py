@@ -36,7 +36,7 @@ class Recipe:
     where `held_out` is not zero also tuned, on that many images held out; `schedules` are other learning rates for
     control and KURE, with `schedule_seeds`; `lengths` are other numbers of epochs of pre-training for the three main
     arms, with `length_seeds`. `part` is that of the three main arms: `main`, or `natural` for a network on natural
-    images, which has a notebook of its own, or `group_norm` for one whose norms are no batch norms.
+    images and `transformer`, which have notebooks of their own, or `group_norm` for one whose norms are no batch norms.
     """
 
     model: str
@@ -70,6 +70,13 @@ SMALL_MOBILENET = Recipe(
     pretraining={"epochs": 8, "learning_rate": 0.2, "weight_decay": 1e-4},
     fine_tuning={"epochs": 5, "learning_rate": 0.05, "weight_decay": 1e-4},
 )
+SMALL_TRANSFORMER = Recipe(
+    "vit_small_images",
+    pretraining={"epochs": 10, "learning_rate": 1e-3, **(ADAMW := {
+        "weight_decay": 0.05, "batch_size": 128, "optimizer": "adamw", "kept": "float16"})},
+    fine_tuning={"epochs": 4, "learning_rate": 2e-4, **ADAMW},
+    part="transformer",
+)  # fmt: skip
 
 
 def _with(recipe: Recipe, pretraining: dict | None = None, fine_tuning: dict | None = None, **changes: Any) -> Recipe:
@@ -150,6 +157,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
               schedules=SCHEDULES[:1], schedule_seeds=1, lengths=(4,), length_seeds=1),
         _with(SMALL_MOBILENET, TINY, TINY, coefficients=(0.1,)),
         _with(SMALL_RESNET, TINY, TINY, **GROUP_NORM),
+        _with(SMALL_TRANSFORMER, TINY, TINY),
     ),
     "quick": (
         _with(SMALL_RESNET, {"epochs": 4}, {"epochs": 3}, targets=(3.0,), coefficients=(0.1,),
@@ -205,6 +213,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "21": {"seeds": [1, 1], "bits_shown": [[3], [6]]},
         "22": {"bits_shown": [3], "calibration": 32, "search": 30},
+        "23": {"bits_shown": ["3/FP", "3/8"], "calibration": 32},
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64},
@@ -259,4 +268,5 @@ NEEDS = {
     "20": {"main"},
     "21": {"main"},
     "22": {"main", "lengths"},
+    "23": {"transformer"},
 }

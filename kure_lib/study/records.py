@@ -161,7 +161,8 @@ def _network(record: Record, folded: bool, equalized: bool) -> nn.Module:
     if folded:
         return fold(record.network())
     weights = record.weights
-    classes = next(len(weight) for weight in weights.values() if weight.dim() == 2)  # there is one linear layer
+    heads = (len(weight) for weight in weights.values() if weight.dim() == 2)  # one, where the record is an older one
+    classes = record.provenance.get("classes") or next(heads)
     model = models.build(record.config.model, data.SOURCES[record.config.data].channels, classes)
     models.load_weights(model, weights, f"of {record.config.label}")
     return model.to(device.device()).eval()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kure_lib.networks import activations, device
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
-from kure_lib.quantization import calibration, integers, lapq, view
+from kure_lib.quantization import calibration, integers, lapq, transforms, view
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
 from kure_lib.study.records import Record
 from kure_lib.tensors.steps import Scope
@@ -32,13 +32,21 @@ def quantized(record: Record, spec: QuantizationSpec) -> AbstractContextManager[
 
 
 def _network(record: Record, spec: QuantizationSpec) -> nn.Module:
-    """The network in full precision, folded and equalized if asked; the record keeps it."""
+    """The network in full precision, folded, equalized and transformed if asked; it is kept."""
+    if spec.transform:
+        return _transformed(record, spec.transform, spec.calibration if spec.transform == "smoothed" else None)
     return record.network(spec.fold_batch_norm, spec.equalized)
+
+
+@lru_cache(maxsize=4)
+def _transformed(record: Record, kind: transforms.Transform, calibrated: int | None) -> nn.Module:
+    images = calibration.images(record.config.data, calibrated)[0] if calibrated else None
+    return transforms.transformed(record.network(), kind, images)
 
 
 def _as_kept(spec: QuantizationSpec) -> QuantizationSpec:
     """What is left to do to the network that the record keeps."""
-    return spec.model_copy(update={"fold_batch_norm": False, "equalized": False})
+    return spec.model_copy(update={"fold_batch_norm": False, "equalized": False, "transform": None})
 
 
 def choosing(spec: QuantizationSpec) -> QuantizationSpec:
@@ -47,7 +55,8 @@ def choosing(spec: QuantizationSpec) -> QuantizationSpec:
         "step_ratio", "activation_ratio", "power_of_two", "bias_correction", "reestimate_batch_norm", "reconstruction",
         "perturbation", "draw", "accumulator_bits",
     )  # fmt: skip
-    unused = () if spec.activation_bits or spec.step_rule == "lapq" else ("calibration",)
+    used = spec.activation_bits or spec.step_rule == "lapq" or spec.transform == "smoothed"
+    unused = () if used else ("calibration",)
     fields = QuantizationSpec.model_fields
     return spec.model_copy(update={name: fields[name].default for name in (*later, *unused)})
 

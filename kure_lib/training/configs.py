@@ -127,6 +127,7 @@ class RunConfig(Config):
     weight_decay: float = Field(ge=0)
     batch_size: int = Field(256, ge=2)
     momentum: float = Field(0.9, ge=0, lt=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # AdamW's first moment decays by `momentum`
     decay_every: int | None = Field(None, ge=1)  # epochs after which the learning rate is multiplied by `decay_factor`
     decay_factor: Positive = 0.1
     regularizer: KureConfig | None = None

@@ -211,6 +211,14 @@ def _batches(config: RunConfig, train: data.Split, epoch: int) -> Iterator[tuple
 def _optimizer(config: RunConfig, model: nn.Module, method: TrainingMethod) -> Optimizer:
     groups: list[dict[str, Any]] = [{"params": model.parameters()}]
     groups += [{"params": method.steps.values(), "weight_decay": 0}] if method.steps else []
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            betas=(config.momentum, 0.999),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
     return torch.optim.SGD(
         groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0,
         weight_decay=config.weight_decay, fused=True,

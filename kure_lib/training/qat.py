@@ -27,6 +27,7 @@ class QuantizationAwareTraining(TrainingMethod):
     """Training within the quantized view of a network; LSQ's steps are learned and begin by `images`."""
 
     def __init__(self, model: nn.Module, config: QatConfig, images: Tensor):
+        activations.check_rectified(model)
         self.model, self.config = model, config
         self.steps = initial_steps(model, config, images)
         self._sites = activations.quantized_sites(model, images[:1])

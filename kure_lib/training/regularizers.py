@@ -125,6 +125,7 @@ class ActivationKurtosisRegularizer(TrainingMethod):
     """
 
     def __init__(self, model: nn.Module, images: Tensor, target: float = 1.8, coefficient: float = 1.0):
+        activations.check_rectified(model)
         self.target, self.coefficient = target, coefficient
         self._model, self._sites = model, set(activations.quantized_sites(model, images))
         self._terms: list[Tensor] = []

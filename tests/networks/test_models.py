@@ -8,6 +8,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from kure_lib.networks import activations, models, published
+from kure_lib.networks.layers import quantized_layers, regularized_layers
 from kure_lib.networks.models import DenseGradient, DepthwiseConv2d
 from kure_lib.paths import KureError
 
@@ -231,3 +232,33 @@ def test_a_network_with_group_norms_does_not_feel_how_long_its_weights_are():
             if isinstance(layer, nn.Conv2d):
                 layer.weight.mul_(3)
     assert torch.allclose(model(x), before, atol=1e-3)
+
+
+def test_attention_with_linear_layers_is_pytorchs_own():
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(12, 3, batch_first=True)
+    nn.init.normal_(theirs.in_proj_bias)
+    ours, x = models.Attention(theirs), torch.randn(2, 5, 12)
+    (mixed, none), (wanted, _) = ours(x, x, x, need_weights=False), theirs(x, x, x, need_weights=False)
+    assert none is None and torch.allclose(mixed, wanted, atol=1e-6)
+    gradients = [torch.autograd.grad(out.square().sum(), [theirs.in_proj_weight, theirs.out_proj.weight])
+                 for out in (mixed, wanted)]  # fmt: skip
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(*gradients, strict=True))
+
+
+def test_the_transformer_is_torchvisions():
+    torch.manual_seed(0)
+    ours = models.build("vit_small_images", 3, 10).eval()
+    theirs = torchvision_models.VisionTransformer(
+        image_size=28, patch_size=7, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10
+    ).eval()
+    named = {name.replace("in_proj.", "in_proj_"): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(named)
+    images = torch.randn(4, 3, 28, 28)
+    with torch.no_grad():
+        assert torch.allclose(ours(images), theirs(images), atol=1e-4) and ours(images).std() > 0.01
+    layers = quantized_layers(ours)
+    assert len(layers) == 4 * 6 and layers.keys() == regularized_layers(ours).keys()
+    share = sum(layer.weight.numel() for layer in layers.values()) / count(ours)
+    assert share > 0.98, "nearly all weights are quantized"
+    assert not any(isinstance(m, nn.BatchNorm2d | nn.ReLU) for m in ours.modules())

@@ -271,7 +271,7 @@ def test_weights_of_attention_are_not_left_in_full_precision_silently():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), Attention(), nn.Linear(8, 2)).eval()
     refused(r"'1\.attention' \(MultiheadAttention\) has weights that would stay in full precision", model)
-    refused("There is no activation to quantize", model, weight_bits=None, activation_bits=8,
+    refused("There is no activation to quantize", model[::2], weight_bits=None, activation_bits=8,
             images=torch.randn(2, 3, 8))  # fmt: skip
     with quantized(model, weight_bits=2, layers=["1.mlp.0"]):
         assert model[1].mlp[0].weight.unique().numel() <= 4

@@ -24,6 +24,7 @@ from kure_lib.training import configs
 from kure_lib.training import loop as training
 from kure_lib.training.configs import KureConfig, QatConfig, RivalConfig, RunConfig
 from kure_lib.training.loop import fit
+from kure_lib.training.protocol import TrainingMethod
 
 KNOWN = RunConfig(
     model="resnet20", seed=1, epochs=4, learning_rate=0.04, weight_decay=5e-4, regularizer=KureConfig(),
@@ -55,7 +56,7 @@ def test_the_key_does_not_count_fields_at_their_defaults():
 CHANGES = {
     "model": "mobilenet_v2_050", "data": "cifar10", "train_size": 100, "seed": 2, "start": None, "pretrained": True,
     "epochs": 5, "learning_rate": 0.05, "weight_decay": 0.0, "batch_size": 128, "momentum": 0.8, "decay_every": 2,
-    "decay_factor": 0.2, "regularizer": None,
+    "decay_factor": 0.2, "regularizer": None, "optimizer": "adamw",
     "quantization": QatConfig(quantizer="lsq", weight_bits=4, activation_bits=4),
     "rival": RivalConfig(name="sam", strength=0.1), "held_out": 100, "kept": "float16",
     "replicas": 2,
@@ -278,6 +279,22 @@ def test_the_learning_rate_follows_one_cycle_or_steps():
     assert steps == pytest.approx([0.05] * 6 + [0.005] * 6 + [0.0005] * 6)
 
 
+def test_adamw_takes_the_step_of_loshchilov_and_hutter():
+    """Algorithm 2 of Loshchilov and Hutter (2019), two steps by hand: the decay is no part of the gradient."""
+    model = torch.nn.Linear(3, 1, bias=False)
+    config = RunConfig(model="resnet20", **{**TINY, "weight_decay": 0.1}, momentum=0.8, optimizer="adamw")
+    optimizer = training._optimizer(config, model, TrainingMethod())
+    weight, gradients = model.weight.detach().double().clone(), torch.tensor([[[1.0, -2.0, 0.0]], [[3.0, 1.0, -1.0]]])
+    first = second = torch.zeros_like(weight)
+    for step, gradient in enumerate(gradients, start=1):
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        first, second = 0.8 * first + 0.2 * gradient, 0.999 * second + 0.001 * gradient.square()
+        scaled = first / (1 - 0.8**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        weight = weight - 0.05 * (scaled + 0.1 * weight)
+    assert torch.allclose(model.weight.double(), weight, atol=1e-6)
+
+
 @pytest.mark.parametrize("held_out", [60_000, 70_000])
 def test_images_must_be_left_to_train_on(tiny, held_out):
     with pytest.raises(KureError, match=rf"Of the 60000 training images of fashion_mnist, {held_out} cannot be"):
@@ -296,8 +313,9 @@ fit(config, checkpoint=Path(sys.argv[2]), on_epoch=lambda epoch, values: print(e
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, environment):
-    config = RunConfig(model="resnet20", **{**TINY, "epochs": 3}, regularizer=KureConfig())
+@pytest.mark.parametrize("network", [{"model": "resnet20"}, {"model": "vit_small_images", "optimizer": "adamw"}])
+def test_a_killed_run_goes_on_to_the_same_bits(network, tmp_path, environment):
+    config = RunConfig(**{**TINY, "epochs": 3, "learning_rate": 0.01}, **network, regularizer=KureConfig())
     checkpoint = tmp_path / "run.pt"
     command = [sys.executable, "-c", RUN, config.model_dump_json(), str(checkpoint)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
