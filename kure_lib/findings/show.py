@@ -78,6 +78,9 @@ LINE: dict[str, dict[str, Any]] = {
     # what is done to ranges before
     "folded": {"color": "#332288", "linestyle": ":", "marker": "s"},
     "equalized": {"color": "#117733", "linestyle": "-", "marker": "P"},
+    # what is done to a linear layer and its input before
+    "smoothed": {"color": "#44AA99", "linestyle": ":", "marker": "<"},
+    "rotated": {"color": "#AA4499", "linestyle": "-", "marker": "P"},
     # statistics of weights that may foretell a loss
     "mean kurtosis": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "highest kurtosis": {"color": "#56B4E9", "linestyle": "--", "marker": "s"},

@@ -175,6 +175,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
               quantizers=(("dorefa 4/8", 1), ("lsq 4/8", 1))),
         _with(SMALL_RESNET, {"learning_rate": 0.1}, seeds=3, **GROUP_NORM),  # at 0.2 its training is unstable
         NATURAL,
+        _with(SMALL_TRANSFORMER, seeds=3),
     ),
     "imagenet": (
         _imagenet("resnet18", 256, 83, targets=(3.0, 4.0, 6.0), coefficients=(0.1,)),
@@ -213,7 +214,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "21": {"seeds": [1, 1], "bits_shown": [[3], [6]]},
         "22": {"bits_shown": [3], "calibration": 32, "search": 30},
-        "23": {"bits_shown": ["3/FP", "3/8"], "calibration": 32},
+        "23": {"bits_shown": ["3/FP", "3/8"], "calibration": 32, "search": 30},
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64},

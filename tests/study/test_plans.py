@@ -30,6 +30,7 @@ def test_the_profiles_have_the_runs_of_the_design():
         + rivals
         + 3 * 3
         + (3 * 3 + 2 * 3)
+        + 3 * 3
         + (4 * 3 + 3 * 3),
         "imagenet": 3 * 3 + (3 + 1),
         "large": (3 * 3 + 4 + 2 * 2 * 3 + 3 * 3) + 3 * 3,
@@ -139,7 +140,7 @@ def test_the_study_has_the_large_profiles_resnet_as_a_part_that_is_asked_for_by_
     assert {run.config for run in natural} <= large
     assert [run.config.epochs for run in natural if run.part == "natural" and run.arm == "pretrained"] == [24] * 3
     assert [run.config.epochs for run in natural if run.part == "lengths" and run.arm == "pretrained"] == [6, 12]
-    assert plan("study").networks == [*plan("study").models, "resnet20_group_norm", "resnet18"]
+    assert plan("study").networks == [*plan("study").models, "resnet20_group_norm", "resnet18", "vit_small_images"]
     assert not set(plan("study").select(arm=["control", "kure"])) & set(natural)
 
 
