@@ -16,6 +16,7 @@ from pydantic import (
 
 from kure_lib.paths import KureError, check_known, refusal
 from kure_lib.quantization import perturbations
+from kure_lib.quantization.transforms import Transform
 from kure_lib.tensors.grids import MID_RISE, MID_TREAD, SIGNED_INT, Bits, Codebook, Format, grid_named
 from kure_lib.tensors.steps import PER_CHANNEL, PER_TENSOR, Scope, parse_rule, per_block
 
@@ -96,7 +97,7 @@ class QuantizationSpec(BaseModel):
     draw: int | None = Field(None, ge=0)
     equalized: bool = False
     accumulator_bits: int | None = Field(None, ge=2, le=24)
-    transform: Literal["smoothed", "rotated"] | None = None
+    transform: Transform | None = None
 
     @model_validator(mode="wrap")
     @classmethod

@@ -146,7 +146,7 @@ SCHEDULES = (
     {"learning_rate": 0.02, "decay_every": 2},  # a tenth in the second half
 )
 
-TINY = {"train_size": 1024, "epochs": 2}
+TINY = {"train_size": 512, "epochs": 2}
 GROUP_NORM: dict[str, Any] = {"model": "resnet20_group_norm", "part": "group_norm"}
 SWEEP: dict[str, Any] = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 0.3, 3.0)}
 

@@ -27,7 +27,7 @@ def test_the_numbers_are_those_of_the_results(copied):
     lines = answer.markdown("notebooks/").splitlines()
     gains = pd.read_csv(copied / "figures" / "gain_by_pipeline.csv")
     plain = gains.query("model == 'resnet20' and setting == '2/FP' and steps == 'plain'").gain
-    assert len(lines) == 7 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
+    assert len(lines) == 8 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
     rows = json.loads((copied / "verdicts" / "P4.json").read_text("utf-8"))["parts"]["22_longer_training"]["effects"]
     for steps, before in {"LAPQ": ", ", "practice": " and "}.items():
         longer = [row["effect"] for row in rows if row["setting"] == f"{steps}, w2"]
@@ -51,6 +51,10 @@ def test_the_numbers_are_those_of_the_results(copied):
     arms = natural.pivot(index=["w_bits", "seed"], columns="arm", values="top1")
     gains = (arms.kure - arms.control).groupby("w_bits").mean()
     assert f"gains {gains.min():.1f} to {gains.max():.1f} points with plain steps" in lines[6]
+    vit = pd.read_csv(copied / "figures" / "transformer_gain.csv").query("case == 'plain' and setting == '2/FP'")
+    lost = pd.read_csv(copied / "figures" / "transformer_activations.csv")
+    lost = lost.query("case == 'plain' and setting == '2/FP' and arm == 'control'").lost
+    assert f"{lost.sum() / len(lost):.1f} points, of which KURE saves {vit.gain.sum() / len(vit):.1f}" in lines[7]
 
 
 def test_a_sentence_about_another_verdict_is_refused(copied):

@@ -122,7 +122,7 @@ def test_other_lengths_of_pretraining_repeat_the_main_arms(monkeypatch):
 
 
 def test_profiles_differ_in_scale():
-    assert all(run.config.train_size == 1024 for run in plan("smoke").runs)
+    assert all(run.config.train_size == 512 for run in plan("smoke").runs)
     for profile in ("quick", "study"):
         whole = [run.config for run in plan(profile).runs if run.part != "tuning"]
         assert all(config.train_size is None for config in whole)
