@@ -135,9 +135,9 @@ def test_the_table_of_runs_counts_what_the_plan_and_the_files_hold(monkeypatch):
 
 
 def test_the_table_of_runs_says_the_time_of_each_part_and_where_it_was_taken(results_folder, timed):
-    timed([600.0], train_size=1024)
-    timed([5.0], train_size=1024, seed=1, quantization=LSQ, place="NVIDIA H100")
-    timed([7200.0], train_size=1024, model="mobilenet_v2_050", place="NVIDIA H100")
+    timed([600.0], train_size=512)
+    timed([5.0], train_size=512, seed=1, quantization=LSQ, place="NVIDIA H100")
+    timed([7200.0], train_size=512, model="mobilenet_v2_050", place="NVIDIA H100")
     said = driver.describe("smoke", only=["07", "05"])
     times = {place: row[-1] for place, row in cells(said).items()}
     main, sweep = 3 * 2 * 600, 2 * 600
