@@ -211,18 +211,10 @@ def _batches(config: RunConfig, train: data.Split, epoch: int) -> Iterator[tuple
 def _optimizer(config: RunConfig, model: nn.Module, method: TrainingMethod) -> Optimizer:
     groups: list[dict[str, Any]] = [{"params": model.parameters()}]
     groups += [{"params": method.steps.values(), "weight_decay": 0}] if method.steps else []
+    shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.momentum, 0.999),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    return torch.optim.SGD(
-        groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0,
-        weight_decay=config.weight_decay, fused=True,
-    )  # fmt: skip
+        return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), **shared)
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **shared)
 
 
 def _schedule(config: RunConfig, optimizer: Optimizer, steps: int) -> lr_scheduler.LRScheduler:

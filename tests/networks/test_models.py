@@ -4,6 +4,7 @@ import hashlib
 
 import pytest
 import torch
+from scipy.stats import kurtosis as scipy_kurtosis
 from torch import nn
 from torchvision import models as torchvision_models
 
@@ -262,3 +263,20 @@ def test_the_transformer_is_torchvisions():
     share = sum(layer.weight.numel() for layer in layers.values()) / count(ours)
     assert share > 0.98, "nearly all weights are quantized"
     assert not any(isinstance(m, nn.BatchNorm2d | nn.ReLU) for m in ours.modules())
+
+
+def test_the_transformers_weights_begin_normal_and_torchvisions_uniform():
+    torch.manual_seed(0)
+    ours = models.build("vit_small_images", 1, 10)
+    theirs = torchvision_models.VisionTransformer(
+        image_size=28, patch_size=7, num_layers=1, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10
+    )
+    first = theirs.encoder.layers[0]
+    uniform = [first.self_attention.in_proj_weight, first.mlp[0].weight, first.mlp[3].weight]
+    normal = [layer.weight for layer in quantized_layers(ours).values()]
+    for weights, wanted in ((normal, 0.0), (uniform, -1.2)):
+        for weight in weights:
+            found = scipy_kurtosis(weight.detach().flatten().numpy())
+            assert (
+                abs(found - wanted) < 5 * (24 / weight.numel()) ** 0.5
+            )  # the error of a normal sample; of a uniform one it is less
