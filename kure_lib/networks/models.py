@@ -101,7 +101,7 @@ def vit_small_images(channels: int, classes: int) -> nn.Module:
     """torchvision's vision transformer (Dosovitskiy et al. 2021) for images of 28 × 28: depth 6, width 192, patch 7.
 
     Beside the class token it sees 16 patches; patches of 4 would be 49, and more work. Its weights are those of linear
-    layers, between layer norms, GELUs and attention; there is no batch norm, and no ReLU. They begin normal, as those of
+    layers, between layer norms, GELUs and attention; there is no batch norm, and no ReLU. They begin normal, as in
     BERT, GPT and DeiT: torchvision's own begin uniform, with the kurtosis that KURE asks for.
     """
     width, patch = 192, 7

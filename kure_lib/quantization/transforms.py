@@ -25,7 +25,7 @@ def transformed(model: nn.Module, kind: Transform, images: Tensor | None = None)
     """A copy of the model that computes the same, with every linear layer but the first and the last transformed.
 
     Args:
-        model: A network in full precision whose layers, but for the first and the last, are all linear.
+        model: A network in full precision, without ReLUs, whose layers but for the first and the last are all linear.
         kind: "smoothed": each input channel j is divided by s_j = max|x_j|^½ / max|w_j|^½ and its weights are
             multiplied by it, as in SmoothQuant (Xiao et al. 2023, Eq. 4), here at every layer and not only after layer
             norms. "rotated": input and weights are rotated by a Hadamard matrix in blocks of 64 channels, as in QuaRot
@@ -33,9 +33,12 @@ def transformed(model: nn.Module, kind: Transform, images: Tensor | None = None)
         images: Images [N, C, H, W] by which channels are smoothed.
 
     Raises:
-        KureError: One of the layers is a convolution, has channels that are no whole number of blocks, or is to be
-            smoothed without images.
+        KureError: The network has ReLUs; or one of the layers is a convolution, has channels that are no whole number
+            of blocks, or is to be smoothed without images or by such as do not reach it.
     """
+    if activations.rectified(model):
+        raise KureError(f"{type(model).__name__} has ReLUs, whose outputs would be quantized before they are {kind}: "
+                        "leave transform out.")  # fmt: skip
     model = copy.deepcopy(model).eval()
     inner = layers.quantized_layers(model)
     for name, layer in inner.items():
@@ -47,8 +50,12 @@ def transformed(model: nn.Module, kind: Transform, images: Tensor | None = None)
         return model
     if images is None or not len(images):
         raise KureError("Channels are smoothed by what they see: give at least one image.")
-    for name, highest in channel_ranges(model, images, inner).items():
-        _smooth(inner[name], highest)
+    ranges = channel_ranges(model, images, inner)
+    for name, layer in inner.items():
+        if name not in ranges:
+            raise KureError(f"The images do not reach layer '{name}', which is to be smoothed by what it sees: give "
+                            "images that do, or leave transform out.")  # fmt: skip
+        _smooth(layer, ranges[name])
     return model
 
 

@@ -70,13 +70,13 @@ SMALL_MOBILENET = Recipe(
     pretraining={"epochs": 8, "learning_rate": 0.2, "weight_decay": 1e-4},
     fine_tuning={"epochs": 5, "learning_rate": 0.05, "weight_decay": 1e-4},
 )
+ADAMW: dict[str, Any] = {"weight_decay": 0.05, "batch_size": 128, "optimizer": "adamw", "kept": "float16"}
 SMALL_TRANSFORMER = Recipe(
     "vit_small_images",
-    pretraining={"epochs": 10, "learning_rate": 1e-3, **(ADAMW := {
-        "weight_decay": 0.05, "batch_size": 128, "optimizer": "adamw", "kept": "float16"})},
+    pretraining={"epochs": 10, "learning_rate": 1e-3, **ADAMW},
     fine_tuning={"epochs": 4, "learning_rate": 2e-4, **ADAMW},
     part="transformer",
-)  # fmt: skip
+)
 
 
 def _with(recipe: Recipe, pretraining: dict | None = None, fine_tuning: dict | None = None, **changes: Any) -> Recipe:

@@ -119,11 +119,19 @@ def test_the_view_of_a_transformed_network_leaves_it_as_it_was(network):
 
 def test_a_network_that_cannot_be_transformed_is_told_why():
     with pytest.raises(KureError, match=r"'3' is no linear layer, and only those can be rotated"):
-        transformed(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.GELU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 1, 1)),
+        transformed(nn.Sequential(nn.Conv2d(1, 4, 3), nn.SiLU(), nn.GELU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 1, 1)),
                     "rotated")  # fmt: skip
     odd = nn.Sequential(nn.Linear(8, 65), nn.Linear(65, 8), nn.Linear(8, 2))
     with pytest.raises(KureError, match=r"'1' has 65 input channels, which are no whole number of blocks of 64"):
         transformed(odd, "rotated")
+    with pytest.raises(
+        KureError, match="Sequential has ReLUs, whose outputs would be quantized before they are rotated"
+    ):
+        transformed(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 2)), "rotated")
+    unused = nn.Sequential(nn.Linear(8, 64), nn.Identity(), nn.Linear(64, 2))
+    unused[1].spare = nn.Linear(64, 64)
+    with pytest.raises(KureError, match=r"The images do not reach layer '1\.spare'"):
+        transformed(unused, "smoothed", IMAGES)
     for images in (None, IMAGES[:0]):
         with pytest.raises(KureError, match="give at least one image"):
             transformed(odd, "smoothed", images)
