@@ -211,13 +211,12 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
         return []
     result = main_arms(recipe.part, recipe.pretraining)
     start = {"start": result[0].config}
-    if seed < recipe.sweep_seeds:
-        for target in recipe.targets:
-            kure = KureConfig(target=target)
-            result.append(planned("kure", "target", recipe.fine_tuning, **start, regularizer=kure))
-        for coefficient in recipe.coefficients:
-            kure = KureConfig(coefficient=coefficient)
-            result.append(planned("kure", "coefficient", recipe.fine_tuning, **start, regularizer=kure))
+    for target in recipe.targets if seed < recipe.target_seeds else ():
+        kure = KureConfig(target=target)
+        result.append(planned("kure", "target", recipe.fine_tuning, **start, regularizer=kure))
+    for coefficient in recipe.coefficients if seed < recipe.coefficient_seeds else ():
+        kure = KureConfig(coefficient=coefficient)
+        result.append(planned("kure", "coefficient", recipe.fine_tuning, **start, regularizer=kure))
     for quantizer in (name for name, seeds in recipe.quantizers if seed < seeds):
         settings = recipe.fine_tuning | recipe.quantized_tuning | {"quantization": QatConfig.named(quantizer)}
         result.append(planned("control", "qat", settings, **start))

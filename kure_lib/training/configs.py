@@ -118,6 +118,9 @@ class RunConfig(Config):
     model: Annotated[str, _one_of("architecture", NETWORKS)]
     data: Annotated[str, _one_of("data set", SOURCES)] = "fashion_mnist"
     train_size: int | None = Field(None, ge=1)  # only so many of the first images are used, in training and test
+    test_size: int | None = Field(
+        None, ge=1
+    )  # only so many of the first test images are used, whatever train_size says
     held_out: int = Field(0, ge=0)  # so many of the last training images replace the test images, to choose settings by
     seed: int = Field(0, ge=0, lt=2**40)  # the seeds of its epochs are 64-bit numbers made of it
     start: "RunConfig | None" = None  # the run whose weights this one begins with
@@ -138,6 +141,8 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        if self.test_size and self.held_out:
+            raise KureError("A run is tested on test images or on held-out ones: leave test_size or held_out out.")
         if self.rival and self.quantization:
             raise KureError("A rival is compared in full precision: leave quantization out.")
         if self.pretrained:

@@ -137,7 +137,7 @@ def splits(config: RunConfig) -> tuple[data.Split, data.Split]:
     """
     train = data.load(config.data, "train")
     if not config.held_out:
-        test = data.load(config.data, "test").head(config.train_size)
+        test = data.load(config.data, "test").head(config.test_size or config.train_size)
     else:
         if config.held_out >= len(train):
             raise KureError(f"Of the {len(train)} training images of {config.data}, {config.held_out} cannot be held "

@@ -102,7 +102,7 @@ def comparisons() -> dict[str, Comparison]:
         "resnet20": _training("resnet20", 8, 2, resnets, 1.15),
         "mobilenet_v2_050": _training("mobilenet_v2_050", 8, 2, mobilenets, 4),
         "resnet18": _training("resnet18", 2, 1, resnets, 1.15),
-        "mobilenet_v2": _training("mobilenet_v2", 2, 2, mobilenets, 4),
+        "mobilenet_v2": _training("mobilenet_v2", 2, 1, mobilenets, 4),
         "variants": Comparison(
             "accuracy of a quantized ResNet-20, 10,000 images, all threads", "s",
             Side(ours.variants, (ratios,), THREADS, amount=len(ratios)),

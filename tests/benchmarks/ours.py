@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
-from kure_lib.networks import data, evaluation, models
+from kure_lib.networks import data, device, evaluation, models
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.quantization import lapq
 from kure_lib.quantization.spec import QuantizationSpec
@@ -71,6 +71,36 @@ def training(name: str, steps: int, **method: object) -> Round:
         batches = split.batches(BATCH, torch.Generator().manual_seed(next(epochs)))
         with acting.view():
             train_epoch(model, batches, acting, optimizer, schedule)
+
+    return work
+
+
+def products(name: str, steps: int, batch: int = BATCH, backward: bool = True) -> Round:
+    """The convolutions and products of so many steps and nothing else, each layer on inputs of its own."""
+    split = images(name, 4)  # 1,024 images
+    model = models.build(name, split.channels, split.classes).train(backward)
+    first, _ = next(split.batches(batch))
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    inputs: dict[nn.Module, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, x: inputs.update({layer: x[0].detach()})) for layer in layers
+    ]
+    with torch.no_grad(), device.autocast():
+        model(first)
+        for hook in hooks:
+            hook.remove()
+        grads = {layer: torch.ones_like(layer(x)) for layer, x in inputs.items()}
+    for layer in layers[1:]:  # of the images no gradient is needed
+        inputs[layer].requires_grad_(backward)
+
+    def work() -> None:
+        for _ in range(steps):
+            for layer, x in inputs.items():
+                layer.weight.grad = x.grad = None
+                with torch.set_grad_enabled(backward), device.autocast():
+                    y = layer(x)
+                if backward:
+                    y.backward(grads[layer])
 
     return work
 

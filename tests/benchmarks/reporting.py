@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from comparisons import Comparison, Rival, comparisons
+from comparisons import LABELS, Comparison, Rival, comparisons
 from measuring import Taken
 from tabulate import tabulate
 
@@ -171,6 +171,37 @@ class Methods(Table):
         )
 
 
+LIMITS = {name: f"a training step of {label}" for name, label in LABELS.items()}
+LIMITS |= {"evaluation": "an accuracy of a quantized ResNet-20"}
+
+
+class Limits(Table):
+    """By work the seconds that ours takes, the expert's, and its convolutions and products alone, each time."""
+
+    whole = set(LIMITS)
+    head = ["work", "ours", "the expert's", "convolutions and products alone", "of ours", "range",
+            "the most that could be gained on the expert's"]  # fmt: skip
+
+    def cells(self) -> list[list[str]]:
+        lines = []
+        for name, words in LIMITS.items():
+            if name in self.found:
+                ours, expert, alone = zip(*self.found[name], strict=True)
+                shares = [part / whole for part, whole in zip(alone, ours, strict=True)]
+                most = statistics.median(theirs / part for theirs, part in zip(expert, alone, strict=True))
+                took = [f"{1000 * statistics.median(each):,.0f} ms" for each in (ours, expert, alone)]
+                lines.append([words, *took, f"{statistics.median(shares):.0%}",
+                              f"{min(shares):.0%} – {max(shares):.0%}", f"{most:.2f} ×"])  # fmt: skip
+        return lines
+
+    def below(self) -> str:
+        return (
+            "One run on one thread, batches of 256 for training and of 1,000 for an accuracy on 10,000 images; the "
+            "three take turns in fresh processes. The rest is batch norms, ReLUs, additions, the loss, the optimizer, "
+            "the images, and for an accuracy the steps, which the expert's script is given."
+        )
+
+
 GROWTH = {
     "kure": "KURE term of one tensor, forward and backward",
     "steps": "steps of least squared error of one tensor at 2, 3, 4, 5, 6 and 8 bits",
@@ -263,7 +294,9 @@ class Commands(Table):
         return "Each once, in a fresh clone whose environment is installed."
 
 
-TABLES: dict[str, type[Table]] = {"benchmarks": Speed, "methods": Methods, "growth": Growths, "commands": Commands}
+TABLES: dict[str, type[Table]] = {
+    "benchmarks": Speed, "methods": Methods, "limits": Limits, "growth": Growths, "commands": Commands,
+}  # fmt: skip
 
 
 def save(stem: Path, content: dict, text: str) -> None:

@@ -7,7 +7,7 @@ from reporting import METHODS
 from kure_lib.study.profiles import CONTENDERS
 from kure_lib.training.configs import KureConfig, QatConfig, RivalConfig
 
-STEPS, ROUNDS = 2, 4
+STEPS, ROUNDS = 2, 2
 
 
 def test_every_method_against_plain_training(measure, keep):

@@ -25,7 +25,7 @@ def test_the_profiles_have_the_runs_of_the_design():
     assert counts == {
         "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2 + 3 + 3 + 3,
         "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 3 * (6 + 4) + 2 * (2 * 3 + 6) + 3 + 1)
+        "study": (5 * 3 + 5 * 6 + 3 * 4 + 2 * (2 * 3 + 6) + 3 + 1)
         + (3 * 3 + 4 + 2 * 2 + 9)
         + rivals
         + 3 * 3
@@ -166,7 +166,7 @@ def test_selecting_kure_means_the_papers_setting_unless_one_is_named():
     found = planned.select(arm="kure", coefficient=0.1, seed=0)
     assert [run.model for run in found] == ["resnet20", "mobilenet_v2_050"]
     assert [run.seed for run in planned.select(model="resnet20", arm="control")] == [0, 1, 2, 3, 4]
-    assert len(planned.select(part="target", arm="kure")) == 18
+    assert len(planned.select(part="target", arm="kure")) == 5 * 6
     assert planned.select(arm="kure", target=7.5) == []
     assert planned.select() == [run for run in planned.runs if not run.quantizer and run.part not in ASIDE]
     assert {run.config.held_out for run in planned.select(arm="kure")} == {0}
@@ -188,10 +188,10 @@ def test_a_sweep_is_completed_by_the_main_runs_of_its_networks_and_seeds():
     sweep = plan("study").sweep("target")
     labels = [(run.arm, run.config.regularizer.target if run.config.regularizer else None) for run in sweep.runs]
     assert labels == [
-        *[("pretrained", None)] * 3, *[("control", None)] * 3,
-        *[("kure", target) for target in (1.4, 1.6, 1.8, 2.4, 3.0, 4.0, 6.0) for _ in range(3)],
+        *[("pretrained", None)] * 5, *[("control", None)] * 5,
+        *[("kure", target) for target in (1.4, 1.6, 1.8, 2.4, 3.0, 4.0, 6.0) for _ in range(5)],
     ]  # fmt: skip
-    assert [run.seed for run in sweep.runs] == [0, 1, 2] * 9
+    assert [run.seed for run in sweep.runs] == [0, 1, 2, 3, 4] * 9
     assert sweep.models == ["resnet20"] and plan("study").sweep("coefficient").models == plan("study").models
     assert plan("quick").sweep("coefficient").models == ["resnet20"]
     assert plan("quick").sweep("scratch").runs == ()

@@ -59,7 +59,7 @@ CHANGES = {
     "decay_factor": 0.2, "regularizer": None, "optimizer": "adamw",
     "quantization": QatConfig(quantizer="lsq", weight_bits=4, activation_bits=4),
     "rival": RivalConfig(name="sam", strength=0.1), "held_out": 100, "kept": "float16",
-    "replicas": 2,
+    "replicas": 2, "test_size": 200,
 }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_a_configuration_survives_json():
     [
         {"learning_rat": 0.1}, {"learning_rate": 0}, {"learning_rate": "fast"}, {"epochs": -1}, {"weight_decay": -1},
         {"weight_decay": float("inf")}, {"learning_rate": float("nan")},
-        {"batch_size": 1}, {"momentum": 1.0}, {"seed": 2**64}, {"seed": -1}, {"train_size": 0},
+        {"batch_size": 1}, {"momentum": 1.0}, {"seed": 2**64}, {"seed": -1}, {"train_size": 0}, {"test_size": 0},
         {"regularizer": {"lambda": 1}},
         {"regularizer": {"coefficient": 0}}, {"regularizer": {"target": 0.9}}, {"regularizer": {"of": "gradients"}},
         {"rival": {"name": "sam", "strength": 0}},
@@ -120,6 +120,7 @@ def test_a_misspelled_or_impossible_field_is_an_error(change):
         ({"model": "resnet18", "pretrained": True, "start": KNOWN}, "leave pretrained or start out"),
         ({"rival": {"name": "sam", "strength": 1}, "quantization": {"quantizer": "lsq", "weight_bits": 4,
           "activation_bits": 4}}, "leave quantization out"),
+        ({"held_out": 100, "test_size": 100}, "leave test_size or held_out out"),
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip
@@ -293,6 +294,16 @@ def test_adamw_takes_the_step_of_loshchilov_and_hutter():
         scaled = first / (1 - 0.8**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         weight = weight - 0.05 * (scaled + 0.1 * weight)
     assert torch.allclose(model.weight.double(), weight, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("train_size", "test_size", "tested"), [(None, 300, 300), (128, 300, 300), (128, None, 128), (None, None, 10_000)]
+)
+def test_a_run_is_tested_on_the_first_test_images(train_size, test_size, tested):
+    config = RunConfig(model="resnet20", **{**TINY, "train_size": train_size, "test_size": test_size})
+    train, test = training.splits(config)
+    assert len(train) == (train_size or 60_000)
+    assert torch.equal(test.images, data.load("fashion_mnist", "test").images[:tested])
 
 
 @pytest.mark.parametrize("held_out", [60_000, 70_000])
