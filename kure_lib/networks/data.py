@@ -2,6 +2,7 @@
 
 A split hands out batches of normalized images, channels-last; with a generator it shuffles and augments.
 Fashion-MNIST is embedded in `data/`; CIFAR-10, Tiny ImageNet and ImageNet are read from where the user keeps them.
+torchvision, which takes two seconds to import, is imported where images are read.
 """
 
 import gzip
@@ -13,17 +14,19 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
-from torchvision import datasets
-from torchvision.transforms import v2
 
 from kure_lib import paths
 from kure_lib.files import make_folder, read_sums, write_atomically
 from kure_lib.networks import device, pictures, tiny_imagenet
 from kure_lib.paths import DATA, KureError, check_known
+
+if TYPE_CHECKING:
+    from torchvision.datasets import VisionDataset
 
 SHIFT = 2  # pixels by which a training image of up to 32 × 32 is moved at most, in each direction
 LARGE_SHIFT = 4  # and one of 64 × 64
@@ -141,6 +144,8 @@ class FolderSplit:
         if not folder.is_dir():
             raise KureError(f"There is no ImageNet split at {folder}: set KURE_IMAGENET to the folder that "
                             "holds train/ and val/, each with one folder a class.")  # fmt: skip
+        from torchvision import datasets
+
         try:
             found = datasets.ImageFolder(folder)
         except FileNotFoundError as error:
@@ -208,8 +213,16 @@ def _own(batch: Any, part: Part) -> Any:
     return batch[len(batch) * which // parts : len(batch) * (which + 1) // parts]
 
 
-_middle = v2.Compose([v2.Resize(256), v2.CenterCrop(CROP)])
-_augmented = v2.Compose([v2.RandomResizedCrop(CROP), v2.RandomHorizontalFlip()])
+def _middle(image: Image) -> Image:
+    from torchvision.transforms import v2
+
+    return v2.functional.center_crop(v2.functional.resize(image, [256]), [CROP])
+
+
+def _augmented(image: Image) -> Image:
+    from torchvision.transforms import v2
+
+    return v2.RandomHorizontalFlip()(v2.RandomResizedCrop(CROP)(image))
 
 
 def _readers(parts: int) -> int:
@@ -226,6 +239,8 @@ class _Pictures(torch.utils.data.Dataset):
     def __getitem__(self, wanted: tuple[int, int | None]) -> tuple[Tensor, int]:
         index, seed = wanted
         path, label = self.samples[index]
+        from torchvision.transforms import v2
+
         image = pictures.picture(Path(path))
         if seed is None:
             return v2.functional.pil_to_tensor(_middle(image)), label
@@ -254,26 +269,30 @@ def identity(name: str) -> dict[str, Any]:
             "train_sha256": train.fingerprint, "test_sha256": test.fingerprint}  # fmt: skip
 
 
-def _normalized(train: datasets.VisionDataset, wanted: datasets.VisionDataset) -> TensorSplit:
+def _normalized(train: "VisionDataset", wanted: "VisionDataset") -> TensorSplit:
     """A split of a torchvision data set, normalized by the statistics of the training images."""
     reference = _bytes(train).float()
     mean, std = reference.mean((0, 2, 3), keepdim=True), reference.std((0, 2, 3), keepdim=True)
     return TensorSplit(_bytes(wanted), torch.as_tensor(wanted.targets), len(wanted.classes), mean, std)
 
 
-def _bytes(dataset: datasets.VisionDataset) -> Tensor:
+def _bytes(dataset: "VisionDataset") -> Tensor:
     images = torch.as_tensor(dataset.data)
     return images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
 
 
 @cache
 def _fashion_mnist(train: bool) -> TensorSplit:
+    from torchvision import datasets
+
     root = unpack_fashion_mnist()
     return _normalized(datasets.FashionMNIST(root, train=True), datasets.FashionMNIST(root, train=train))
 
 
 @cache
 def _cifar10(train: bool) -> TensorSplit:
+    from torchvision import datasets
+
     root = Path(os.environ.get("KURE_CIFAR10", DATA))
     try:
         return _normalized(datasets.CIFAR10(root, train=True), datasets.CIFAR10(root, train=train))

@@ -9,6 +9,7 @@ import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,12 +142,10 @@ def single_thread() -> Iterator[None]:
 
 def provenance() -> dict[str, Any]:
     """Versions, machine, arithmetic and commit, as a record keeps them."""
-    import torchvision  # which a network of the user's own does not need
-
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     place = device()
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": metadata.version("torchvision"),
         "numpy": np.__version__, "machine": platform.machine(), "system": platform.system(),
         "device": torch.cuda.get_device_name() if place.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "precision": precision(), "threads": 1, "commit": git.stdout.strip() or "unknown",

@@ -1,11 +1,12 @@
-"""The networks: torchvision's, and two of its architectures cut to size for small images."""
+"""The networks: torchvision's, and two of its architectures cut to size for small images.
+
+torchvision takes two seconds to import, so that this waits until a network is built: who reads records needs none.
+"""
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torchvision import models as torchvision_models
-from torchvision.models.resnet import BasicBlock
 
 from kure_lib.networks import published
 from kure_lib.networks.depthwise import DenseGradient, DepthwiseConv2d
@@ -54,6 +55,8 @@ def resnet20_group_norm(channels: int, classes: int) -> nn.Module:
 
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    from torchvision.models.resnet import BasicBlock
+
     shortcut = None
     if inputs != outputs:
         shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -68,7 +71,9 @@ def mobilenet_v2_050(channels: int, classes: int) -> nn.Module:
     For a 28 × 28 image the last maps are then 2 × 2. At 1 × 1 eight of the nine taps of a depthwise filter
     would only ever meet padding, keep their initial values and make the layer's kurtosis meaningless.
     """
-    model = torchvision_models.mobilenet_v2(width_mult=0.5, num_classes=classes)
+    from torchvision import models
+
+    model = models.mobilenet_v2(width_mult=0.5, num_classes=classes)
     stem = model.features[0][0]
     model.features[0][0] = nn.Conv2d(channels, stem.out_channels, 3, stride=2, padding=1, bias=False)
     nn.init.kaiming_normal_(model.features[0][0].weight, mode="fan_out")
@@ -104,8 +109,10 @@ def vit_small_images(channels: int, classes: int) -> nn.Module:
     layers, between layer norms, GELUs and attention; there is no batch norm, and no ReLU. They begin normal, as in
     BERT, GPT and DeiT: torchvision's own begin uniform, with the kurtosis that KURE asks for.
     """
+    from torchvision import models
+
     width, patch = 192, 7
-    model = torchvision_models.VisionTransformer(
+    model = models.VisionTransformer(
         image_size=28, patch_size=patch, num_layers=6, num_heads=3, hidden_dim=width, mlp_dim=768, num_classes=classes
     )
     model.conv_proj = nn.Conv2d(channels, width, patch, stride=patch)
@@ -120,7 +127,13 @@ def vit_small_images(channels: int, classes: int) -> nn.Module:
 
 def _torchvision(name: str) -> Callable[[int, int], nn.Module]:
     """torchvision's own architecture, for color images and any number of classes."""
-    return lambda channels, classes: _with_fast_kernels(torchvision_models.get_model(name, num_classes=classes))
+
+    def build(channels: int, classes: int) -> nn.Module:
+        from torchvision import models
+
+        return _with_fast_kernels(models.get_model(name, num_classes=classes))
+
+    return build
 
 
 def _with_fast_kernels(model: nn.Module) -> nn.Module:

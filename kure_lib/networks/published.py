@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision import models as torchvision_models
 
 from kure_lib.files import read_sums
 from kure_lib.paths import KureError, check_known
@@ -51,7 +50,9 @@ def _path(name: str) -> Path:
         return path
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
     if not path.is_file():
-        url = torchvision_models.get_model_weights(name).IMAGENET1K_V1.url
+        from torchvision import models  # as slow as it is rarely needed here
+
+        url = models.get_model_weights(name).IMAGENET1K_V1.url
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), DIGITS[name])
