@@ -15,6 +15,7 @@ EVALUATION = (
 ROUNDS = 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIMITS)
 def test_what_no_script_does_without(measure, keep, name: str):
     steps, sides = STEPS.get(name, 1), EVALUATION

@@ -43,6 +43,10 @@ def test_the_numbers_are_those_of_the_results(copied):
     lost = (wide.full - wide["as trained"]).groupby([wide.model, wide.w_bits]).mean()
     means = back.groupby([wide.model, wide.w_bits]).mean()[lost >= 2]
     assert f"give back {means.min():.0f} to {means.max():.0f} % of the loss" in lines[4]
+    tried = pd.read_csv(copied / "figures" / "fig_3c_targets.csv").query("w_bits == 2 and arm == 'kure'")
+    ours = tried.groupby(tried.series.astype(float)).top1.mean()
+    ahead = (ours[1.8] - ours)[ours.index > 1.8]
+    assert f"the paper's, 1.8, is {ahead.min():.0f} to {ahead.max():.0f} points better than any higher one" in lines[0]
     spared = pd.read_csv(copied / "figures" / "20_spared.csv").query(
         "error == 'sums in 10 bits' and pipeline == 'plain'"
     )
