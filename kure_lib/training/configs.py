@@ -117,10 +117,8 @@ class RunConfig(Config):
 
     model: Annotated[str, _one_of("architecture", NETWORKS)]
     data: Annotated[str, _one_of("data set", SOURCES)] = "fashion_mnist"
-    train_size: int | None = Field(None, ge=1)  # only so many of the first images are used, in training and test
-    test_size: int | None = Field(
-        None, ge=1
-    )  # only so many of the first test images are used, whatever train_size says
+    train_size: int | None = Field(None, ge=1)  # only so many of the first images are trained on
+    test_size: int | None = Field(None, ge=1)  # so many of the first are tested on; unless said, as many as train_size
     held_out: int = Field(0, ge=0)  # so many of the last training images replace the test images, to choose settings by
     seed: int = Field(0, ge=0, lt=2**40)  # the seeds of its epochs are 64-bit numbers made of it
     start: "RunConfig | None" = None  # the run whose weights this one begins with
