@@ -40,6 +40,7 @@ STEPS_OF = {
     "bias_correction": "bias correction",
     "fold_batch_norm": "batch norms folded",
     "equalized": "ranges equalized",
+    "refit": "steps refit",
     "reestimate_batch_norm": "batch norms re-estimated",
 }
 Marked = dict[int, list[tuple[str, str]]]  # by number of a cell: kind and name of what it keeps

@@ -70,6 +70,8 @@ class QuantizationSpec(BaseModel):
             a sum that does not fit wraps around. None: they are as wide as they need to be.
         transform: What is done to linear layers before anything is quantized, as in `transforms`: "smoothed" or
             "rotated".
+        refit: Whether a network of quantization-aware training takes weight steps of least squared error at these bits
+            instead of those it was trained with.
 
     >>> QuantizationSpec(weight_bits=3, scope=PER_CHANNEL).key
     '{"per_channel": true, "weight_bits": 3}'
@@ -98,6 +100,7 @@ class QuantizationSpec(BaseModel):
     equalized: bool = False
     accumulator_bits: int | None = Field(None, ge=2, le=24)
     transform: Transform | None = None
+    refit: bool = False
 
     @model_validator(mode="wrap")
     @classmethod
@@ -107,9 +110,10 @@ class QuantizationSpec(BaseModel):
         searched = {"calibration": IMAGES, "search": SEARCH} if rule == "lapq" else {}
         learned = {"iterations": ITERATIONS} if fields.get("reconstruction") == "adaround" else {}
         drawn = {"draw": 0} if fields.get("perturbation") else {}
-        needed = any(map(fields.get, ("activation_bits", "reestimate_batch_norm", "reconstruction")))
+        needed = any(map(fields.get, ("reestimate_batch_norm", "reconstruction")))
         needed |= fields.get("transform") == "smoothed"
-        calibrated = {"calibration": IMAGES} if needed and rule not in TRAINED_RULES else {}
+        needed |= fields.get("activation_bits") is not None and rule not in TRAINED_RULES
+        calibrated = {"calibration": IMAGES} if needed else {}
         try:
             return validate({**calibrated, **searched, **learned, **drawn, **fields})
         except ValidationError as error:
@@ -123,6 +127,9 @@ class QuantizationSpec(BaseModel):
             raise KureError(
                 f"Only AdaRound learns: leave iterations={self.iterations} out, or take reconstruction='adaround'."
             )
+        if self.refit and (self.step_rule not in TRAINED_RULES or self.weight_bits is None):
+            raise KureError("Weight steps are refit where training left others: give weight_bits and the step_rule of "
+                            f"the training, {' or '.join(TRAINED_RULES)}, or leave refit out.")  # fmt: skip
         if self.rounding:
             check_known("rounding", self.rounding, ROUNDINGS)
             self._allow_only(
@@ -132,7 +139,10 @@ class QuantizationSpec(BaseModel):
             if self.weight_bits is None or self.weight_bits > 8 or self.scope.size:
                 raise KureError("Weights made from an 8-bit copy have 1 to 8 bits, per tensor or per channel.")
         elif self.step_rule in TRAINED_RULES:
-            allowed = ("step_rule", "weight_bits", "activation_bits", "step_ratio")
+            allowed = (
+                "step_rule", "weight_bits", "activation_bits", "step_ratio", "refit", "reestimate_batch_norm",
+                "calibration",
+            )  # fmt: skip
             self._allow_only(f"quantized as it was trained, by {self.step_rule}", {}, *allowed)
         elif self.step_rule == "lapq":
             if self.scope != PER_TENSOR:

@@ -46,6 +46,7 @@ COLUMNS = {
     "equalized": "Whether the ranges of successive convolutions were equalized after folding.",
     "accumulator_bits": "Bits of the accumulators in which sums wrapped around; empty where they were wide enough.",
     "transform": "How the inputs of linear layers were changed before, at no loss: `smoothed` or `rotated`.",
+    "refit": "Whether a network of quantization-aware training took steps of least squared error.",
     "top1": "Top-1 accuracy, percent.",
     "loss": "Mean cross-entropy, nats.",
     "precision": "Arithmetic of the evaluation, where it is on record.",

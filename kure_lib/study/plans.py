@@ -257,11 +257,14 @@ def _contending(recipe: Recipe, contender: Contender, strength: float | None, de
     return recipe.fine_tuning | own | {"weight_decay": decay * recipe.fine_tuning["weight_decay"]}
 
 
-def trained_spec(quantizer: str, weight_bits: int | None, step_ratio: float = 1.0) -> QuantizationSpec:
-    """A network of quantization-aware training, tested with its own quantizer at these weight bits and step ratio."""
+def trained_spec(quantizer: str, weight_bits: int | None, step_ratio: float = 1.0, **renewed: bool) -> QuantizationSpec:
+    """A network of quantization-aware training, tested with its own quantizer at these weight bits and step ratio.
+
+    `renewed` says what is not as training left it: `refit`, `reestimate_batch_norm` or both.
+    """
     qat = QatConfig.named(quantizer)
     bits = {"weight_bits": weight_bits, "activation_bits": qat.activation_bits}
-    return QuantizationSpec(step_rule=qat.quantizer, step_ratio=step_ratio, **bits)
+    return QuantizationSpec(step_rule=qat.quantizer, step_ratio=step_ratio, **bits, **renewed)
 
 
 def open(profile: str) -> Plan:

@@ -170,7 +170,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_RESNET, seeds=5, target_seeds=5, coefficient_seeds=3, scratch_seeds=1, activation_seeds=3, **SWEEP,
               contenders=CONTENDERS, rival_seeds=3, held_out=10_000, schedules=SCHEDULES, schedule_seeds=2,
               lengths=(60,), length_seeds=4,
-              quantizers=(("dorefa 4/4", 3), ("lsq 4/4", 3), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
+              quantizers=(("dorefa 4/4", 5), ("lsq 4/4", 5), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
         _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"], lengths=(24,), length_seeds=3,
               contenders=ONCE_DIFFERENTIABLE, rival_seeds=1,

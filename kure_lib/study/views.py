@@ -1,7 +1,7 @@
 """The network of a record, quantized as a specification says."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 from torch import Tensor, nn
@@ -92,7 +92,9 @@ def _rounded(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
         return {name: layer.weight for name, layer in quantized_layers(rounded).items()}
 
 
-def _as_trained(record: Record, spec: QuantizationSpec) -> AbstractContextManager[nn.Module]:
+@contextmanager
+def _as_trained(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module]:
+    """The network with the quantizer of its training, with new batch-norm statistics if asked."""
     trained = record.config.quantization
     if trained is None or trained.quantizer != spec.step_rule:
         raise KureError(f"{record.config.label} was not trained with {spec.step_rule}: choose another step rule.")
@@ -104,7 +106,9 @@ def _as_trained(record: Record, spec: QuantizationSpec) -> AbstractContextManage
     model = record.network()
     sites = activations.quantized_sites(model, calibration.images(record.config.data, 1)[0])
     steps = qat.Steps.of(record.steps, device.device())
-    return qat.quantized(model, trained, steps, sites, spec.bits, spec.step_ratio)
+    as_trained = qat.quantized(model, trained, steps, sites, spec.bits, spec.step_ratio, spec.refit)
+    with as_trained as network, _renewed(record, spec, network):
+        yield network
 
 
 @contextmanager
@@ -112,12 +116,16 @@ def _from_master(record: Record, spec: QuantizationSpec) -> Iterator[nn.Module]:
     """The network with weights made from an 8-bit copy, and with new batch-norm statistics if asked."""
     stored = {name: each.to(spec.weight_bits, spec.rounding) for name, each in _master(record, spec.scope).items()}
     network = record.network()
-    with ExitStack() as stack:
-        stack.enter_context(integers.served(network, stored))
-        if spec.reestimate_batch_norm:
-            batches = _images(record, spec).split(view.BATCH)
-            stack.enter_context(calibration.reestimated_batch_norm(network, batches, spec.reestimate_batch_norm))
+    with integers.served(network, stored), _renewed(record, spec, network):
         yield network
+
+
+def _renewed(record: Record, spec: QuantizationSpec, network: nn.Module) -> AbstractContextManager:
+    """The block in which the network has new batch-norm statistics, if asked."""
+    if not spec.reestimate_batch_norm:
+        return nullcontext()
+    batches = _images(record, spec).split(view.BATCH)
+    return calibration.reestimated_batch_norm(network, batches, spec.reestimate_batch_norm)
 
 
 @lru_cache(maxsize=32)

@@ -17,10 +17,14 @@ from torch.nn.utils import parametrize
 from kure_lib.networks import activations
 from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
 from kure_lib.quantization import calibration
+from kure_lib.quantization.view import FakeQuantize
 from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, UNSIGNED, Bits
 from kure_lib.tensors.quantizers import quantize
+from kure_lib.tensors.steps import best_step
 from kure_lib.training.configs import QatConfig
 from kure_lib.training.protocol import Steps, TrainingMethod
+
+GRIDS = {"dorefa": MID_RISE, "lsq": SIGNED_INT}  # of the weights, by quantizer
 
 
 class QuantizationAwareTraining(TrainingMethod):
@@ -117,6 +121,7 @@ def quantized(
     sites: Iterable[str],
     bits: Bits | None = None,
     step_ratio: float = 1.0,
+    refit: bool = False,
 ) -> Iterator[nn.Module]:
     """The network as it is trained, or tested at other settings; after the block it is what it was.
 
@@ -127,17 +132,23 @@ def quantized(
         sites: The activations to quantize (`activations.quantized_sites`).
         bits: Bit-widths to test at, for activations the trained one or full precision; None: those of training.
         step_ratio: Factor on the steps of weights.
+        refit: Whether these are of least squared error at the bit-width tested at, instead of the trained ones.
     """
     bits = config.bits if bits is None else bits
+    own = None if refit else bits.weight
     with ExitStack() as stack:
         stack.enter_context(restored(layers := quantized_layers(model)))
         for name, layer in layers.items():
             weight = (
-                DoReFaWeight(bits.weight, step_ratio)
+                DoReFaWeight(own, step_ratio)
                 if config.quantizer == "dorefa"
-                else LsqWeight(steps[name], config.weight_bits, bits.weight, step_ratio)
+                else LsqWeight(steps[name], config.weight_bits, own, step_ratio)
             )
             parametrize.register_parametrization(layer, "weight", weight)
+            if refit and bits.weight is not None:
+                grid = GRIDS[config.quantizer]
+                step = step_ratio * best_step(layer.weight.detach(), bits.weight, grid)
+                parametrize.register_parametrization(layer, "weight", FakeQuantize(step, bits.weight, grid))
         if bits.activation is not None:
             replace = _activation_quantizer(config.quantizer, bits.activation, steps, set(sites))
             stack.enter_context(activations.replaced(model, replace))

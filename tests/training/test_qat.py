@@ -8,10 +8,12 @@ from helpers import same_weights
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from kure_lib.networks import activations, models
+from kure_lib.networks import activations, device, models
+from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
+from kure_lib.quantization import calibration
 from kure_lib.quantization.spec import QuantizationSpec
-from kure_lib.study import records, runs
+from kure_lib.study import records, runs, views
 from kure_lib.tensors.grids import Bits
 from kure_lib.tensors.steps import PER_CHANNEL
 from kure_lib.training import qat
@@ -185,6 +187,53 @@ def test_at_other_settings_it_is_another_network(trained):
         at(quantizer, 3, activation_bits=None))]  # fmt: skip
     assert len(set(losses)) == 5
     assert records.find(trained.config).evaluations.keys() >= {at(quantizer, 2).key}
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.2])
+def test_refit_weights_have_the_least_error_that_a_step_can_give(trained, ratio):
+    quantizer, model = trained.config.quantization.quantizer, trained.network()
+    with views.quantized(trained, at(quantizer, None)):  # latent ones, squashed by DoReFa
+        full = {name: layer.weight.detach().double() for name, layer in quantized_layers(model).items()}
+    with views.quantized(trained, at(quantizer, 3, refit=True, step_ratio=ratio)):
+        made = {name: layer.weight.detach().double() for name, layer in quantized_layers(model).items()}
+    codes = torch.arange(-4, 4, dtype=torch.float64) + (0.5 if quantizer == "dorefa" else 0)
+    for name, weight in full.items():
+        tried = weight.abs().max() * torch.linspace(0.02, 0.6, 500, dtype=torch.float64)
+        nearest = [step * codes[(weight[..., None] - step * codes).abs().argmin(-1)] for step in tried]
+        errors = torch.stack([(weight - levels).square().mean() for levels in nearest])
+        error = (weight - made[name]).square().mean()
+        assert made[name].unique().numel() <= 8, name
+        if ratio == 1:
+            assert error <= 1.001 * errors.min()
+        else:  # the step is that much larger
+            best = tried[errors.argmin()].item()
+            assert made[name].unique().diff().min().item() == pytest.approx(ratio * best, rel=0.03)
+
+
+def test_a_quantizer_that_was_trained_can_have_its_statistics_renewed(trained):
+    quantizer, model = trained.config.quantization.quantizer, trained.network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = calibration.images("fashion_mnist", 64)[0]
+    spec = at(quantizer, 2, refit=True, reestimate_batch_norm=True, calibration=64)
+    with device.in_float32(), views.quantized(trained, spec), torch.no_grad():
+        seen = calibration.seen_by_norms(model, images)
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        for (name, norm), (variance, mean) in zip(norms.items(), seen, strict=True):
+            for value, kept in ((mean, "running_mean"), (variance, "running_var")):
+                stale = (before[f"{name}.{kept}"] - value).norm()
+                # Not equal: batches were normalized by biased variances, which 4-bit activations round elsewhere.
+                assert (norm.get_buffer(kept) - value).norm() < 0.1 * stale, (name, kept)
+    assert same_weights(model.state_dict(), before)
+    ways = [{}, {"refit": True}, {"reestimate_batch_norm": True}, {"refit": True, "reestimate_batch_norm": True}]
+    specs = [at(quantizer, 2, **renewed) for renewed in ways]
+    assert [spec.calibration for spec in specs] == [None, None, 512, 512]
+    assert len({runs.evaluate(trained, spec).loss for spec in specs}) == 4
+
+
+@pytest.mark.parametrize("fields", [{"weight_bits": 3}, {"step_rule": "lsq"}])
+def test_only_steps_that_training_left_are_refit(fields):
+    with pytest.raises(KureError, match="give weight_bits and the step_rule of the training, dorefa or lsq"):
+        QuantizationSpec(refit=True, **fields)
 
 
 @pytest.mark.parametrize(
