@@ -141,11 +141,11 @@ def _run(asked: argparse.Namespace) -> int:
                 "\n".join([*changed, f"{len(changed)} files are new, changed or gone: commit the manifest with them."])
             )
             return 0
-        from kure_lib import driver
+        from kure_lib import driver, overview
         from kure_lib.study import profiles
 
         if asked.list:
-            print(driver.describe(asked.profile, asked.only))
+            print(overview.describe(asked.profile, asked.only))
             return 0
         if asked.profile in profiles.ONLY_TRAINED:
             return _train(asked)
@@ -162,7 +162,7 @@ def _run(asked: argparse.Namespace) -> int:
 
 def _train(asked: argparse.Namespace) -> int:
     """Train what a profile without notebooks lacks, then say what is on record."""
-    from kure_lib import driver, paths
+    from kure_lib import driver, overview, paths
     from kure_lib.study import plans, records
 
     if asked.only:
@@ -172,7 +172,7 @@ def _train(asked: argparse.Namespace) -> int:
         for each in planned.runs:
             records.forget(each.config)
     driver.train(planned, asked.jobs, asked.cluster)
-    print(driver.describe(asked.profile))
+    print(overview.describe(asked.profile))
     return 0
 
 

@@ -1,219 +1,34 @@
 """A profile carried out: what is missing is trained and evaluated, notebooks are executed, the site is built."""
 
-import math
 import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import Queue
 from shutil import get_terminal_size
-from statistics import median
-from textwrap import fill
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
-import pandas as pd
 from filelock import FileLock, Timeout
-from tabulate import tabulate
 from tqdm import tqdm
 
 from kure_lib import engine, files, notebooks, paths
 from kure_lib.networks import device
-from kure_lib.networks.data import SOURCES
 from kure_lib.networks.evaluation import Evaluation
 from kure_lib.paths import KureError
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import plans, records, runs, views
-from kure_lib.study.plans import Plan, Planned
-from kure_lib.study.profiles import ONLY_TRAINED, PARAMETERS
+from kure_lib.study.plans import Plan
+from kure_lib.study.profiles import PARAMETERS
 from kure_lib.study.records import Record
 from kure_lib.training.configs import RunConfig
 
-COMMITTED = paths.ROOT / "results" / "study" / "records"  # tell how long an epoch takes
 SHOWN = 10  # reasons why evaluations failed, at most
 MINUTE = 60.0  # seconds between two lines of progress where there is no terminal
-WIDTH = 100  # columns of a terminal, at most
-TRAINING_IMAGES = {name: source.training_images for name, source in SOURCES.items()}
-
-
-class Time(NamedTuple):
-    """What training a run takes, and the device of the records that tell; NaN, or 0 of no epochs, and "" if none."""
-
-    seconds: float
-    device: str
-
-
-def describe(profile: str, only: Iterable[str] | None = None) -> str:
-    """What the profile, or what these notebooks of it, would train and execute: two tables and what they come to.
-
-    A row of the first is a part of the plan in one network: its runs, how many are on record, the epochs of all, the
-    evaluations on record, the weights on disk, and the estimated time of training all, one after another. Raises
-    `KureError` for an unknown profile or notebook.
-    """
-    stems = notebooks.select(only)
-    planned = plans.needed(plans.open(profile), stems)
-    found = {run.config: records.find(run.config) for run in planned.runs}
-    missing = [config for config, record in found.items() if not record]
-    times = _times(found)
-    lines = [
-        f"Time: one run after another, estimated for {', '.join(models)} from records made on {place}."
-        for place, models in _tell(times).items()
-    ]
-    lines.append(f"{len(found) - len(missing)} of {len(found)} runs are on record.")
-    lines += [f"Training the others takes {_duration(missing)}."] if missing else []
-    if profile in ONLY_TRAINED:
-        lines.append("No notebook reads this profile yet.")
-    elif missing_evaluations := sum(map(len, _asked(stems, profile).values())):
-        lines.append(f"Evaluations to make for the notebooks: {missing_evaluations}.")
-    blocks = [_runs(planned, found, times)] if planned.runs else []
-    blocks.append("\n".join(fill(line, WIDTH, break_on_hyphens=False) for line in lines))
-    blocks += [] if profile in ONLY_TRAINED else [_books(planned, stems)]
-    return "\n\n".join(blocks)
-
-
-def _runs(planned: Plan, found: Mapping[RunConfig, Record | None], times: Mapping[RunConfig, Time]) -> str:
-    """A row for each part of the plan in a network, the networks one after another, and a row for all."""
-    held, weights = "evaluations\non record", "weights\nin MB"
-    columns = ["network", "part", "arms", "runs", "on\nrecord", "epochs", held, weights, "time"]
-    rows = [
-        (run.model, run.part, run.arm, 1, bool(record), run.config.epochs, len(record.evaluations) if record else 0,
-         _size(records.weights_path(run.config)), times[run.config].seconds)
-        for run in sorted(planned.runs, key=lambda run: planned.networks.index(run.model))
-        for record in [found[run.config]]
-    ]  # fmt: skip
-    each = pd.DataFrame(rows, columns=columns)
-    sums: dict[str, Any] = {"arms": _arms} | dict.fromkeys(columns[3:-1], "sum") | {"time": lambda t: sum(t)}
-    parts = [each, each.assign(network="all", part="", arms="")]
-    table = pd.concat([part.groupby(columns[:2], sort=False).agg(sums) for part in parts]).reset_index()
-    words = {weights: lambda size: f"{size / 1e6:.1f}", "time": _in_words}
-    return _plain(table.assign(**{name: table[name].map(said) for name, said in words.items()}), text=3)
-
-
-def _books(planned: Plan, stems: Iterable[str]) -> str:
-    """A row for each notebook: how many runs it reads, and of which parts."""
-    runs = {stem: plans.needed(planned, [stem]).runs for stem in stems}
-    every = plans.plan(planned.profile).runs
-    rows = [(stem, _parts(read, every), len(read)) for stem, read in runs.items()]
-    return _plain(pd.DataFrame(rows, columns=["notebook", "reads the parts", "runs"]), text=2)
-
-
-def _parts(read: Iterable[Planned], every: Iterable[Planned]) -> str:
-    """The parts that some runs belong to, or all but those that they do not, whichever is said in fewer letters."""
-    named, known = (dict.fromkeys(run.part for run in runs) for runs in (read, every))
-    others = [part for part in known if part not in named]
-    return min(", ".join(named), f"all but {', '.join(others)}" if others else "all", key=len)
-
-
-def _plain(table: pd.DataFrame, text: int) -> str:
-    """A table of text in its first columns and of numbers in the others."""
-    sides = ["left"] * text + ["right"] * (table.shape[1] - text)
-    return tabulate([[*table], *table.to_numpy()], tablefmt="plain", colalign=sides, disable_numparse=True)
-
-
-def _tell(times: Mapping[RunConfig, Time]) -> dict[str, list[str]]:
-    """The networks whose time is known from records, by the device these were made on."""
-    found: dict[str, list[str]] = {}
-    for config, (_, place) in times.items():
-        if place and config.model not in found.setdefault(place, []):
-            found[place].append(config.model)
-    return found
-
-
-def _arms(arms: pd.Series) -> str:
-    """The arms by name, or how many there are."""
-    names = list(dict.fromkeys(arms))
-    return ", ".join(names) if len(names) < 3 else f"{len(names)} arms"
-
-
-def _size(path: Path) -> int:
-    """In bytes; 0 for a file that is not there."""
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _in_words(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "unknown"
-    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
-
-
-def _missing(planned: Plan) -> list[RunConfig]:
-    return [run.config for run in planned.runs if records.find(run.config) is None]
-
-
-def _duration(missing: Iterable[RunConfig]) -> str:
-    """The estimated time of training, several at once, in words."""
-    times, here = _times(missing), device.provenance()["device"]
-    if unknown := {f"{run.model} on {run.data}" for run, time in times.items() if math.isnan(time.seconds)}:
-        return f"an unknown time: no record of {', '.join(sorted(unknown))} says how long an epoch takes"
-    words = f"about {_in_words(sum(time.seconds for time in times.values()) / workers())} with {workers()} at a time"
-    if elsewhere := {time.device for time in times.values()} - {here, ""}:
-        return f"{words}, if {here} is as fast as {' and '.join(sorted(elsewhere))}, on which the records were made"
-    return words
-
-
-def _times(configs: Iterable[RunConfig]) -> dict[RunConfig, Time]:
-    """The time of every run as epochs of the committed records tell, of the same kind or else of the same network.
-
-    Records made on this machine's device come first, then those of the device with most of them.
-    """
-    on_record, here, precision = _seconds_per_image(), device.provenance()["device"], device.precision()
-    places = sorted(on_record, key=lambda place: (place != here, -sum(map(len, on_record[place].values()))))
-
-    def time(config: RunConfig) -> Time:
-        for place in places:
-            for kind in (_kind(config, precision), (config.model, config.data)):
-                if known := on_record[place].get(kind):
-                    return Time(config.epochs * _images(config) * median(known), place)
-        return Time(math.nan if config.epochs else 0.0, "")
-
-    return {config: time(config) for config in configs}
-
-
-def _seconds_per_image() -> Mapping[str, Mapping[tuple, list[float]]]:
-    """What an image took in every epoch of the committed records, by device, then by kind of run and by network.
-
-    A record that cannot be read tells nothing: the tests name it, and an estimate does without it.
-    """
-    found: dict[str, dict[tuple, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for path in COMMITTED.glob("*.json"):
-        with suppress(OSError, ValueError, KureError):
-            record = records.Record.model_validate_json(path.read_bytes())
-            config, place = record.config, str(record.provenance.get("device", "an unknown device"))
-            for kind in (_kind(config, record.provenance.get("precision")), (config.model, config.data)):
-                found[place][kind] += [seconds / _images(config) for seconds in record.curves.get("seconds", [])]
-    return found
-
-
-def _kind(config: RunConfig, precision: str) -> tuple[Any, ...]:
-    """What an epoch's time depends on, beside the number of images."""
-    kure, qat, rival = config.regularizer, config.quantization, config.rival
-    method = kure and kure.of, qat and qat.quantizer, rival and rival.name
-    return config.model, config.data, precision, config.replicas, *method
-
-
-def _images(config: RunConfig) -> int:
-    return config.train_size or TRAINING_IMAGES[config.data] - config.held_out
-
-
-def workers() -> int:
-    """How many runs are trained at once: one for each GPU, or for so many as share a run, else one for each core."""
-    return len(_groups()) or device.cores()
-
-
-def _groups() -> list[str]:
-    """The GPUs in groups that share a run, each as `CUDA_VISIBLE_DEVICES` names it; none if there are too few."""
-    gpus, each = device.gpus(), paths.gpus_per_run()
-    return [",".join(gpus[i : i + each]) for i in range(0, len(gpus) - each + 1, each)]
-
-
-def _places(jobs: int) -> list[dict[str, str]]:
-    """The environment of every worker: they take turns with the GPUs, where there are any."""
-    gpus = _groups()
-    return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {} for i in range(jobs)]
 
 
 def train(planned: Plan, jobs: int | None = None, cluster: str | None = None) -> None:
@@ -223,10 +38,10 @@ def train(planned: Plan, jobs: int | None = None, cluster: str | None = None) ->
     reads and writes results. Shows one bar over all epochs with the time left; where there is no terminal, a plain line
     for each epoch. Raises `KureError` if a run fails; those that do not start from it are trained all the same.
     """
-    missing = {records.run_name(config): config for config in _missing(planned)}
+    missing = {records.run_name(config): config for config in planned.missing()}
     if not missing:
         return
-    if (each := paths.gpus_per_run()) > 1 and (cluster or not _groups()):
+    if (each := paths.gpus_per_run()) > 1 and (cluster or not device.gpu_groups()):
         reason = "a cluster gives one to each run" if cluster else f"PyTorch sees {len(device.gpus())}"
         raise KureError(f"--gpus-per-run {each} needs {each} GPUs of this machine, and {reason}: leave it out, or give "
                         "a number that is there, without --cluster.")  # fmt: skip
@@ -320,10 +135,12 @@ def evaluate(missing: runs.Missing, jobs: int | None = None, cluster: str | None
 
 
 def _engine(tasks: Sequence[engine.Task], jobs: int | None, cluster: str | None) -> engine.Engine:
-    return engine.Cluster(cluster, jobs) if cluster else engine.Pool(_places(min(jobs or workers(), len(tasks))))
+    if cluster:
+        return engine.Cluster(cluster, jobs)
+    return engine.Pool(device.places(min(jobs or device.workers(), len(tasks))))
 
 
-def _asked(stems: Iterable[str], profile: str) -> runs.Missing:
+def asked(stems: Iterable[str], profile: str) -> runs.Missing:
     """The evaluations that these notebooks declare and that are not on record."""
     with runs.asking() as missing:
         for stem in stems:
@@ -373,7 +190,7 @@ def _execute_all(stems: Iterable[str], profile: str, jobs: int) -> list[str]:
     others, last = [s for s in stems if s[:2] != "00"], [s for s in stems if s[:2] == "00"]
     threads = max(1, device.cores() // min(jobs, max(len(others), 1)))  # more would wait for one another
     free: Queue[tuple[int, dict[str, str]]] = Queue()
-    for row, place in enumerate(_places(jobs), start=1):
+    for row, place in enumerate(device.places(jobs), start=1):
         free.put((row, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), **place}))
     changed: dict[str, Any] = PARAMETERS.get(profile, {})
     failed: dict[str, str] = {}
@@ -420,7 +237,7 @@ def run(
         profile: The scale, a name in `profiles.PROFILES`.
         only: Numbers or names of notebooks, which then are the only ones executed; only the runs they need are trained.
         fresh: Whether to delete the profile's records of these runs first.
-        jobs: How many runs are trained and evaluated, and notebooks executed, at once; `workers()` if None.
+        jobs: How many runs are trained and evaluated, and notebooks executed, at once; `device.workers()` if None.
         cluster: The address of a Ray cluster to train and evaluate on, or "auto"; notebooks are executed here.
 
     Returns:
@@ -447,9 +264,9 @@ def run(
                     records.forget(each.config)
             train(chosen, jobs, cluster)
             if not paths.checking():
-                evaluate(_asked(stems, profile), jobs, cluster)
+                evaluate(asked(stems, profile), jobs, cluster)
             before = _evaluations(chosen)
-            failed = _execute_all(stems, profile, jobs or workers())
+            failed = _execute_all(stems, profile, jobs or device.workers())
             if alone := _evaluations(chosen) - before:
                 print(f"evaluations made by notebooks, which no cell tagged `needs` asks for: {alone}", flush=True)
             page = site.build(profile, failed)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from kure_lib.paths import ROOT, KureError
+from kure_lib.paths import ROOT, KureError, gpus_per_run
 
 _everywhere = False  # whether networks compute in float32 on every machine
 CLEARLY = 1.3  # times as fast: what bfloat16 must be to be worth its rounding
@@ -49,6 +49,23 @@ def gpus() -> list[str]:
         raise KureError(f"CUDA_VISIBLE_DEVICES names {','.join(named)}, and PyTorch sees {count} of these "
                         f"{len(named)}: name only GPUs that are there, each once.")  # fmt: skip
     return named or [str(i) for i in range(count)]
+
+
+def workers() -> int:
+    """How many runs are trained at once: one for each GPU, or for so many as share a run, else one for each core."""
+    return len(gpu_groups()) or cores()
+
+
+def gpu_groups() -> list[str]:
+    """The GPUs in groups that share a run, each as `CUDA_VISIBLE_DEVICES` names it; none if there are too few."""
+    seen, each = gpus(), gpus_per_run()
+    return [",".join(seen[i : i + each]) for i in range(0, len(seen) - each + 1, each)]
+
+
+def places(jobs: int) -> list[dict[str, str]]:
+    """The environment of every worker: they take turns with the GPUs, where there are any."""
+    groups = gpu_groups()
+    return [{"CUDA_VISIBLE_DEVICES": groups[i % len(groups)]} if groups else {} for i in range(jobs)]
 
 
 def _named_gpus() -> list[str]:

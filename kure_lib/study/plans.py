@@ -13,7 +13,7 @@ from kure_lib.paths import check_known, gpus_per_run, use_profile
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import runs
 from kure_lib.study.profiles import NEEDS, PROFILES, TUNING_SIZE, Contender, Recipe
-from kure_lib.study.records import Record
+from kure_lib.study.records import Record, find
 from kure_lib.training.configs import KureConfig, QatConfig, RivalConfig, RunConfig
 
 KURE = KureConfig()  # the paper's setting everywhere: K_T = 1.8, λ = 1
@@ -91,6 +91,10 @@ class Plan:
     def models(self) -> list[str]:
         """The networks that every notebook measures: those with runs of the part `main`."""
         return list(dict.fromkeys(run.model for run in self.runs if run.part == "main"))
+
+    def missing(self) -> list[RunConfig]:
+        """The configurations of the runs that have no record."""
+        return [run.config for run in self.runs if find(run.config) is None]
 
     def quantizers(self, model: str) -> list[str]:
         """Those that networks of this architecture are trained with."""

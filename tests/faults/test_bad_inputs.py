@@ -11,7 +11,7 @@ from children import RUNS, answered, assert_sentence
 from torch import nn
 
 from kure_lib import __main__ as command_line
-from kure_lib import driver, notebooks, paths
+from kure_lib import driver, notebooks, overview, paths
 from kure_lib.findings import verdicts
 from kure_lib.networks import data, published
 from kure_lib.quantization import view
@@ -263,7 +263,7 @@ def test_a_committed_record_that_tells_how_long_training_takes(chance, results_f
     (folder / "a.json").write_text(json.dumps(spoiled(json.loads(content), chance)))
     (folder / "b.json").write_text(content[: chance.integers(len(content))])
     monkeypatch.setattr(driver, "COMMITTED", folder)
-    assert "runs are on record" in driver.describe("smoke")
+    assert "runs are on record" in overview.describe("smoke")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b"null", b'{"cells": 3}'], ids=str)

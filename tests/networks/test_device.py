@@ -12,6 +12,7 @@ import torch
 
 from kure_lib.networks import device
 from kure_lib.paths import KureError
+from kure_lib.study.plans import plan
 
 
 @pytest.fixture
@@ -121,3 +122,24 @@ def test_the_cgroups_limits_hold_from_the_outermost_in(tmp_path, limits, cores):
     own.write_text("1:cpu:/elsewhere\n0::/a/b\n")
     assert device._quota(tmp_path, own) == cores
     assert device._quota(tmp_path / "a" / "b", tmp_path / "missing") == math.inf
+
+
+def test_workers_take_turns_with_the_gpus(monkeypatch):
+    eight = [str(i) for i in range(8)]
+    monkeypatch.setattr(device, "gpus", lambda: eight)
+    assert device.workers() == 8
+    taken = [place["CUDA_VISIBLE_DEVICES"] for place in device.places(10)]
+    assert taken == [*eight, "0", "1"], "more jobs than GPUs share them, none falls to the processor"
+    monkeypatch.setattr(device, "gpus", lambda: [])
+    assert device.places(2) == [{}, {}] and device.workers() == device.cores()
+
+
+def test_runs_that_share_gpus_take_turns_with_groups_of_them(monkeypatch):
+    monkeypatch.setenv("KURE_GPUS_PER_RUN", "2")
+    monkeypatch.setattr(device, "gpus", lambda: ["0", "1", "GPU-8a", "3", "4"])
+    assert device.workers() == 2
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in device.places(3)] == ["0,1", "GPU-8a,3", "0,1"]
+    runs = plan("quick").runs
+    assert {run.config.replicas for run in runs} == {2}
+    monkeypatch.delenv("KURE_GPUS_PER_RUN")
+    assert not {run.config.key for run in runs} & {run.config.key for run in plan("quick").runs}
