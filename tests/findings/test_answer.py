@@ -15,7 +15,7 @@ STUDY = ROOT / "results" / "study"
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """A copy of the committed verdicts and of the figure's data, as the ambient results."""
-    for name in ("verdicts", "figures"):
+    for name in ("verdicts", "figures", "tables"):
         shutil.copytree(STUDY / name, tmp_path / "study" / name, ignore=shutil.ignore_patterns("*.png"))
     monkeypatch.setenv("KURE_RESULTS", str(tmp_path))
     monkeypatch.setenv("KURE_PROFILE", "study")
@@ -27,7 +27,7 @@ def test_the_numbers_are_those_of_the_results(copied):
     lines = answer.markdown("notebooks/").splitlines()
     gains = pd.read_csv(copied / "figures" / "gain_by_pipeline.csv")
     plain = gains.query("model == 'resnet20' and setting == '2/FP' and steps == 'plain'").gain
-    assert len(lines) == 8 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
+    assert len(lines) == 9 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
     rows = json.loads((copied / "verdicts" / "P4.json").read_text("utf-8"))["parts"]["22_longer_training"]["effects"]
     for steps, before in {"LAPQ": ", ", "practice": " and "}.items():
         longer = [row["effect"] for row in rows if row["setting"] == f"{steps}, w2"]
@@ -36,13 +36,34 @@ def test_the_numbers_are_those_of_the_results(copied):
         "effects"
     ]
     costs = [row["effect"] for row in rows if row["setting"] == "dorefa 4/4, 2 % off costs the control"]
-    assert f"control {sum(costs) / len(costs):.1f} points" in lines[3]
+    assert f"control {sum(costs) / len(costs):.1f} points" in lines[4]
+    everything = pd.read_csv(STUDY / "evaluations.csv", low_memory=False)
+    changed = ["power_of_two", "bias_correction", "fold_batch_norm", "equalized", "refit"]
+    weights = everything[
+        (everything.model == "resnet20") & (everything.part == "main") & (everything.step_rule == "mse")
+        & ~everything[changed].any(axis=1) & (everything.reestimate_batch_norm.astype(str) == "False")
+        & everything[["activation_bits", "rounding", "reconstruction", "perturbation"]].isna().all(axis=1)
+    ].set_index(["arm", "seed"])  # fmt: skip
+    deployed = weights[weights.step_ratio.isin([0.8, 0.9, 1, 1.1, 1.2, 1.3]) & weights.weight_bits.between(2, 8)]
+    deployed = deployed[~deployed.scope.str.startswith("block") & ~deployed.grid.str.contains("fp|nf|pot")]
+    served = (deployed.top1 - weights.top1[weights.weight_bits.isna()]).round(2) >= -1
+    assert len(served.loc["kure"]) == 5 * 252
+    shares = 100 * served.groupby("arm").mean()
+    assert f"serves {shares.kure:.0f} % of the deployments tried" in lines[2]
+    assert f"full precision, and {shares.control:.0f} % without KURE" in lines[2]
+    tested = everything.query(
+        "trained_with == 'dorefa 4/4' and arm == 'control' and activation_bits == 4 and step_ratio == 1 and not refit"
+    )
+    renewed = tested.reestimate_batch_norm.astype(str) == "True"
+    means = [tested[renewed & (tested.weight_bits == 2)].top1.mean()]
+    means += [tested[~renewed & (tested.weight_bits == bits)].top1.mean() for bits in (4, 2)]
+    assert f"2 bits cost it {means[1] - means[2]:.0f}, and {means[1] - means[0]:.0f} with new" in lines[4]
     apart = pd.read_csv(copied / "figures" / "16_taken_apart.csv").query("arm == 'control'")
     wide = apart.pivot(index=["model", "w_bits", "seed", "full"], columns="norms", values="top1").reset_index()
     back = 100 * (wide["both new"] - wide["as trained"]) / (wide.full - wide["as trained"])
     lost = (wide.full - wide["as trained"]).groupby([wide.model, wide.w_bits]).mean()
     means = back.groupby([wide.model, wide.w_bits]).mean()[lost >= 2]
-    assert f"give back {means.min():.0f} to {means.max():.0f} % of the loss" in lines[4]
+    assert f"give back {means.min():.0f} to {means.max():.0f} % of the loss" in lines[5]
     tried = pd.read_csv(copied / "figures" / "fig_3c_targets.csv").query("w_bits == 2 and arm == 'kure'")
     ours = tried.groupby(tried.series.astype(float)).top1.mean()
     ahead = (ours[1.8] - ours)[ours.index > 1.8]
@@ -50,15 +71,15 @@ def test_the_numbers_are_those_of_the_results(copied):
     spared = pd.read_csv(copied / "figures" / "20_spared.csv").query(
         "error == 'sums in 10 bits' and pipeline == 'plain'"
     )
-    assert f"KURE loses {-spared.gain.sum() / len(spared):.0f} points more than its control" in lines[5]
+    assert f"KURE loses {-spared.gain.sum() / len(spared):.0f} points more than its control" in lines[6]
     natural = pd.read_csv(copied / "figures" / "17_pipelines.csv").query("pipeline == 'plain' and arm != 'pretrained'")
     arms = natural.pivot(index=["w_bits", "seed"], columns="arm", values="top1")
     gains = (arms.kure - arms.control).groupby("w_bits").mean()
-    assert f"gains {gains.min():.1f} to {gains.max():.1f} points with plain steps" in lines[6]
+    assert f"gains {gains.min():.1f} to {gains.max():.1f} points with plain steps" in lines[7]
     vit = pd.read_csv(copied / "figures" / "transformer_gain.csv").query("case == 'plain' and setting == '2/FP'")
     lost = pd.read_csv(copied / "figures" / "transformer_activations.csv")
     lost = lost.query("case == 'plain' and setting == '2/FP' and arm == 'control'").lost
-    assert f"{lost.sum() / len(lost):.1f} points, of which KURE saves {vit.gain.sum() / len(vit):.1f}" in lines[7]
+    assert f"{lost.sum() / len(lost):.1f} points, of which KURE saves {vit.gain.sum() / len(vit):.1f}" in lines[8]
 
 
 def test_a_sentence_about_another_verdict_is_refused(copied):

@@ -25,7 +25,7 @@ def test_the_profiles_have_the_runs_of_the_design():
     assert counts == {
         "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2 + 3 + 3 + 3,
         "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 5 * 6 + 3 * 4 + 2 * (2 * 3 + 6) + 3 + 1)
+        "study": (5 * 3 + 5 * 6 + 3 * 4 + 2 * (2 * 5 + 6) + 3 + 1)
         + (3 * 3 + 4 + 2 * 2 + 9)
         + rivals
         + 3 * 3
@@ -178,7 +178,7 @@ def test_quantized_training_is_selected_by_its_quantizer():
     assert planned.quantizers("resnet20") == ["dorefa 4/4", "lsq 4/4", *harder]
     assert planned.quantizers("mobilenet_v2_050") == ["dorefa 4/8", "lsq 4/8"]
     found = planned.select(model="resnet20", arm="kure", quantizer="lsq 4/4")
-    assert [run.seed for run in found] == [0, 1, 2] and {run.part for run in found} == {"qat"}
+    assert [run.seed for run in found] == [0, 1, 2, 3, 4] and {run.part for run in found} == {"qat"}
     assert {run.config.quantization.quantizer for run in found} == {"lsq"}
     with pytest.raises(KureError, match=r"Unknown quantizer 'lsq 2/2': choose one of .*lsq 4/4"):
         planned.select(quantizer="lsq 2/2")
