@@ -153,7 +153,7 @@ def test_two_workers_train_what_one_process_does_bit_for_bit(results_folder, wor
         assert alone.layers == record.layers and alone.layer_kurtosis == record.layer_kurtosis
 
 
-def test_runs_that_share_a_label_are_all_listed_and_trained(results_folder, monkeypatch, timed):
+def test_runs_that_share_a_label_are_all_listed_and_trained(results_folder, monkeypatch):
     """Networks pre-trained for 2 and for 4 epochs, and what starts from them, have the same label."""
     planned = plan("smoke")
     assert len({run.config.label for run in planned.runs}) < len(planned.runs)

@@ -50,7 +50,7 @@ WORDS = ["--profile", "smoke", "quick", "study", "huge", "--only", "05", "77", "
 @pytest.mark.draws(5)
 def test_words_of_the_command_line(chance, results_folder, monkeypatch, capsys):
     monkeypatch.setattr(driver, "run", lambda profile, only, **options: notebooks.select(only))
-    monkeypatch.setattr(driver, "describe", lambda profile, only: notebooks.select(only))
+    monkeypatch.setattr(overview, "describe", lambda profile, only: notebooks.select(only))
     monkeypatch.setattr(command_line, "_python", lambda *command, **variables: 0)
     monkeypatch.setattr(command_line.os, "execve", lambda *arguments: None)
     argv = [WORDS[i] for i in chance.integers(len(WORDS), size=chance.integers(1, 6))]
@@ -262,7 +262,7 @@ def test_a_committed_record_that_tells_how_long_training_takes(chance, results_f
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps(spoiled(json.loads(content), chance)))
     (folder / "b.json").write_text(content[: chance.integers(len(content))])
-    monkeypatch.setattr(driver, "COMMITTED", folder)
+    monkeypatch.setattr(overview, "COMMITTED", folder)
     assert "runs are on record" in overview.describe("smoke")
 
 

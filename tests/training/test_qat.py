@@ -197,7 +197,7 @@ def test_refit_weights_have_the_least_error_that_a_step_can_give(trained, ratio)
     with views.quantized(trained, at(quantizer, 3, refit=True, step_ratio=ratio)):
         made = {name: layer.weight.detach().double() for name, layer in quantized_layers(model).items()}
     codes = torch.arange(-4, 4, dtype=torch.float64) + (0.5 if quantizer == "dorefa" else 0)
-    for name, weight in full.items():
+    for name, weight in list(full.items())[::5]:
         tried = weight.abs().max() * torch.linspace(0.02, 0.6, 500, dtype=torch.float64)
         nearest = [step * codes[(weight[..., None] - step * codes).abs().argmin(-1)] for step in tried]
         errors = torch.stack([(weight - levels).square().mean() for levels in nearest])
