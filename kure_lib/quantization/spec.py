@@ -139,10 +139,8 @@ class QuantizationSpec(BaseModel):
             if self.weight_bits is None or self.weight_bits > 8 or self.scope.size:
                 raise KureError("Weights made from an 8-bit copy have 1 to 8 bits, per tensor or per channel.")
         elif self.step_rule in TRAINED_RULES:
-            allowed = (
-                "step_rule", "weight_bits", "activation_bits", "step_ratio", "refit", "reestimate_batch_norm",
-                "calibration",
-            )  # fmt: skip
+            allowed = ["step_rule", "weight_bits", "activation_bits", "step_ratio", "refit", "reestimate_batch_norm"]
+            allowed += ["calibration"] if self.reestimate_batch_norm else []  # nothing else looks at images
             self._allow_only(f"quantized as it was trained, by {self.step_rule}", {}, *allowed)
         elif self.step_rule == "lapq":
             if self.scope != PER_TENSOR:

@@ -238,7 +238,11 @@ def test_only_steps_that_training_left_are_refit(fields):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"activation_bits": 6}, "activation_bits 4, as it was trained"), ({"scope": PER_CHANNEL}, "leave it out")],
+    [
+        ({"activation_bits": 6}, "activation_bits 4, as it was trained"),
+        ({"scope": PER_CHANNEL}, "leave it out"),
+        ({"calibration": 64}, "cannot take calibration=64: leave it out"),
+    ],
 )
 def test_what_the_trained_quantizer_cannot_do_is_an_error(trained, options, said):
     with pytest.raises(KureError, match=said):
