@@ -110,9 +110,10 @@ class QuantizationSpec(BaseModel):
         searched = {"calibration": IMAGES, "search": SEARCH} if rule == "lapq" else {}
         learned = {"iterations": ITERATIONS} if fields.get("reconstruction") == "adaround" else {}
         drawn = {"draw": 0} if fields.get("perturbation") else {}
-        needed = any(map(fields.get, ("reestimate_batch_norm", "reconstruction")))
-        needed |= fields.get("transform") == "smoothed"
-        needed |= fields.get("activation_bits") is not None and rule not in TRAINED_RULES
+        needed = fields.get("reestimate_batch_norm")
+        if rule not in TRAINED_RULES:  # which have the steps of their activations, and refuse the others
+            needed = needed or any(map(fields.get, ("activation_bits", "reconstruction")))
+            needed = needed or fields.get("transform") == "smoothed"
         calibrated = {"calibration": IMAGES} if needed else {}
         try:
             return validate({**calibrated, **searched, **learned, **drawn, **fields})
