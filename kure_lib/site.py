@@ -209,7 +209,7 @@ def _boards(pages: dict[str, str]) -> list[dict[str, Any]]:
 def _explorer(found: pd.DataFrame) -> str:
     """What the explorer shows, as JSON: control and KURE of the main arms and of quantization-aware training."""
     asked = found.part.isin(["main", "qat"]) & found.arm.isin(["control", "kure"])
-    usual = (found.activation_ratio == 1) & found.perturbation.isna() & found.accumulator_bits.isna()
+    usual = found[["perturbation", "accumulator_bits", "layers"]].isna().all(axis=1) & (found.activation_ratio == 1)
     kept = found[asked & usual & ~(found.weight_bits.isna() & found.activation_bits.isna())]
     both = kept[["weight_bits", "activation_bits"]].itertuples(index=False)
     shown = pd.DataFrame({

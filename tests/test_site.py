@@ -143,12 +143,12 @@ def test_a_notebook_that_cannot_be_shown_is_named(results_folder, tmp_path, monk
         site.build("smoke")
 
 
-def test_the_explorer_leaves_out_what_random_errors_were_added_to():
+def test_the_explorer_leaves_out_random_errors_and_single_layers():
     rows = [
         {"model": "resnet20", "part": "main", "arm": "kure", "seed": 0, "trained_with": "", "weight_bits": 4,
          "step_rule": "mse", "grid": "mid_rise", "scope": "per tensor", "step_ratio": 1.0, "activation_ratio": 1.0,
-         "top1": top1, "perturbation": perturbation}
-        for top1, perturbation in ((92.5, None), (90.0, "flips 0.001"))
+         "top1": top1, "perturbation": perturbation, "layers": layers}
+        for top1, perturbation, layers in ((92.5, None, None), (90.0, "flips 0.001", None), (91.0, None, "conv1"))
     ]  # fmt: skip
     usual = dict.fromkeys(site.STEPS_OF, False)
     found = pd.DataFrame([row | usual for row in rows], columns=list(evaluations.COLUMNS))

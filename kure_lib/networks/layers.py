@@ -64,7 +64,7 @@ def quantized_layers(model: nn.Module, names: Iterable[str] | None = None) -> di
         names = list(names)
         for name in names:
             check_known("quantized layer", name, chosen)
-        chosen = {name: chosen[name] for name in names}
+        chosen = {name: layer for name, layer in chosen.items() if name in names}
     if not chosen:
         raise KureError("There is no layer to quantize: take a network with convolutions or linear layers between its "
                         "first and its last, which stay in full precision, or leave weight_bits out.")  # fmt: skip

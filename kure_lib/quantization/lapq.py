@@ -38,8 +38,9 @@ def loss_aware_steps(model: nn.Module, images: Tensor, labels: Tensor, spec: Qua
         raise KureError("The calibration set is empty: give at least one image.")
     if spec.search is None:
         raise KureError(f"LAPQ needs a specification of its own: give step_rule='lapq', and search={SEARCH} or less.")
-    plain = QuantizationSpec(weight_bits=spec.weight_bits, activation_bits=spec.activation_bits, grid=spec.grid)
-    layers = quantized_layers(model) if plain.weight_bits else {}
+    kept = ("weight_bits", "layers", "activation_bits", "grid")
+    plain = QuantizationSpec(**{name: getattr(spec, name) for name in kept})
+    layers = quantized_layers(model, plain.layers) if plain.weight_bits else {}
     observed = calibration.observe(model, images) if plain.activation_bits else {}
 
     @cache

@@ -33,6 +33,7 @@ ROUNDINGS = ("step", "even", "half_up", "truncate", "middle")
 
 Validate = ModelWrapValidatorHandler["QuantizationSpec"]
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Names = Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
 NamedGrid = Annotated[Format, BeforeValidator(lambda grid: grid_named(grid) if isinstance(grid, str) else grid)]
 
 
@@ -43,6 +44,7 @@ class QuantizationSpec(BaseModel):
 
     Args:
         weight_bits: Bit-width of the weights of all convolutions and linear layers but the first and the last.
+        layers: Names of the layers whose weights are quantized, of these; None for all of them.
         activation_bits: Bit-width of the outputs of all ReLUs but the first and the last, on the `UNSIGNED` grid; in a
             network without ReLUs, of the inputs of all layers but these, on the `SIGNED_INT` grid.
         step_rule: How steps are chosen: a rule of `steps.best_step`, "lapq", or the trained "dorefa" and "lsq".
@@ -80,6 +82,7 @@ class QuantizationSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     weight_bits: int | None = Field(None, ge=1, le=16)
+    layers: Names | None = None
     activation_bits: int | None = Field(None, ge=1, le=16)
     step_rule: str = "mse"
     grid: NamedGrid = MID_RISE
@@ -122,6 +125,8 @@ class QuantizationSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "QuantizationSpec":
+        if self.layers is not None and self.weight_bits is None:
+            raise KureError("Named layers have weights to quantize: give weight_bits, or leave layers out.")
         if self.search is not None and self.step_rule != "lapq":
             raise KureError(f"Only LAPQ searches: leave search={self.search} out, or take step_rule='lapq'.")
         if self.iterations is not None and self.reconstruction != "adaround":

@@ -1,7 +1,7 @@
 """A quantized network is a view of the full-precision one, for as long as a `with` block lasts."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -118,11 +118,7 @@ def weight_steps(layers: Mapping[str, nn.Module], spec: QuantizationSpec) -> dic
 
 
 def chosen_steps(
-    model: nn.Module,
-    spec: QuantizationSpec,
-    images: Tensor | None = None,
-    layers: Iterable[str] | None = None,
-    given: Mapping[str, Tensor] | None = None,
+    model: nn.Module, spec: QuantizationSpec, images: Tensor | None = None, given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The step of every layer and activation site that `spec` quantizes, before any ratio.
 
@@ -130,7 +126,6 @@ def chosen_steps(
         model: Network in full precision.
         spec: How it is quantized.
         images: Calibration images [N, C, H, W]; activations need at least one.
-        layers: Names of the layers; the default is all but the first and the last.
         given: Steps that need not be chosen.
 
     Raises:
@@ -138,7 +133,7 @@ def chosen_steps(
             are such that no step suits them.
     """
     steps = dict(given or {})
-    chosen = {} if spec.weight_bits is None else quantized_layers(model, layers)
+    chosen = {} if spec.weight_bits is None else quantized_layers(model, spec.layers)
     sites = [] if spec.activation_bits is None else activations.quantized_sites(model, images[:1])
     for name in steps:
         check_known("layer or site that is quantized", name, [*chosen, *dict.fromkeys(sites)])
@@ -155,7 +150,6 @@ def quantized(
     model: nn.Module,
     spec: QuantizationSpec | None = None,
     images: Tensor | None = None,
-    layers: Iterable[str] | None = None,
     steps: Mapping[str, Tensor] | None = None,
     **fields: Any,
 ) -> Iterator[nn.Module]:
@@ -167,7 +161,6 @@ def quantized(
         model: Network in full precision; with `fold_batch_norm` or `transform` the view is of a changed copy.
         spec: How it is quantized; its fields may be given as keywords instead, as in `weight_bits=3`.
         images: Calibration images [N, C, H, W] for activations, batch norms and reconstruction.
-        layers: Names of the layers to quantize; the default is all but the first and the last.
         steps: Steps of layers and activation sites before any ratio, instead of choosing them by the rule of `spec`.
             A step changed in place takes effect at the next forward pass.
 
@@ -193,13 +186,13 @@ def quantized(
     model = folded(model) if spec.fold_batch_norm else model
     model = equalization.equalized(model) if spec.equalized else model
     model = transforms.transformed(model, spec.transform, images) if spec.transform else model
-    steps = chosen_steps(model, spec, images, layers, steps)
+    steps = chosen_steps(model, spec, images, steps)
     with ExitStack() as stack:
         if spec.activation_bits is not None:
             first, *inner, last = activations.sites(model, images[:1])
             site_steps = {site: _final(site, steps[site], spec.activation_ratio, spec) for site in set(inner)}
         if spec.weight_bits is not None:
-            chosen = quantized_layers(model, layers)
+            chosen = quantized_layers(model, spec.layers)
             stack.enter_context(restored(chosen))
             full = copy.deepcopy(model) if spec.reconstruction else model
             final = {}

@@ -27,6 +27,7 @@ COLUMNS = {
     "tested_on": "Images of the accuracy: `test`, or `held out` of training to choose settings by.",
     "weight_bits": "Bits of the weights; empty in full precision.",
     "activation_bits": "Bits of the activations; empty in full precision.",
+    "layers": "Names of the layers whose weights were quantized; empty for all but the first and the last.",
     "step_rule": "Rule that chose the steps: `mse`, `lapq`, those of formats, or the trained `dorefa` and `lsq`.",
     "grid": "Grid or number format of the weights.",
     "scope": "Which weights share a step.",
@@ -67,6 +68,7 @@ def table(profile: str) -> pd.DataFrame:
             for key, evaluation in sorted(record.evaluations.items()):
                 spec = QuantizationSpec.named(key)
                 named = {"grid": spec.grid.name, "scope": str(spec.scope)}
+                named |= {"layers": " ".join(spec.layers)} if spec.layers else {}
                 rows.append(about | dict(spec) | named | evaluation._asdict())
     numbers = "weight_bits", "activation_bits", "calibration", "search", "iterations", "draw", "accumulator_bits"
     whole = dict.fromkeys(numbers, "Int64")

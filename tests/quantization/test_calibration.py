@@ -257,6 +257,12 @@ def test_loss_aware_steps_lower_the_calibration_loss_and_see_nothing_else(short)
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+def test_loss_aware_steps_are_those_of_the_named_layers(network, short):
+    name = list(quantized_layers(network))[3]
+    spec = lapq_spec(2, None, search=20).model_copy(update={"layers": (name,)})
+    assert lapq.loss_aware_steps(network, *short, spec).keys() == {name}
+
+
 @pytest.mark.parametrize("bits", [(3, 3), (None, 3)])
 def test_remembering_blocks_spares_work_and_finds_the_same(network, short, monkeypatch, bits):
     forwards = []

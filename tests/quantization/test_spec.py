@@ -62,6 +62,12 @@ def test_only_adaround_names_its_iterations_and_the_usual_number_is_not_in_the_k
     assert QuantizationSpec(weight_bits=4, reconstruction="gptq").iterations is None
 
 
+def test_layers_are_named_in_any_order_and_travel_in_the_key():
+    one, other = (QuantizationSpec(weight_bits=3, layers=names) for names in (["b", "a"], ("a", "b", "a")))
+    assert one == other and json.loads(one.key) == {"weight_bits": 3, "layers": ["a", "b"]}
+    assert QuantizationSpec.named(one.key) == one
+
+
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
     spec = QuantizationSpec(**STORED | {"rounding": rounding, "scope": PER_CHANNEL}, reestimate_batch_norm=True)
@@ -100,6 +106,10 @@ def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
         ({"weight_bits": 4, "reconstruction": "gptq", "iterations": 9}, "Only AdaRound learns: leave iterations=9 out"),
         ({"weight_bits": 4, "reconstruction": "adaround", "iterations": 0}, "iterations=0"),
         ({"weight_bits": 4, "reconstruction": "obq"}, "reconstruction='obq'"),
+        ({"layers": ["0"]}, "Named layers have weights to quantize: give weight_bits"),
+        ({"weight_bits": 4, "layers": "0"}, "layers='0'"),
+        ({"step_rule": "lsq", "weight_bits": 4, "layers": ["0"]}, "by lsq cannot take layers"),
+        (STORED | {"layers": ["0"]}, "8-bit copy cannot take layers"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(fields, said):

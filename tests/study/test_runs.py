@@ -1,5 +1,6 @@
 """Records: written once, found again, damaged, missing, shared by two processes; and those of the study."""
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -26,7 +27,8 @@ from kure_lib.study import records, runs, views
 from kure_lib.study.plans import plan
 from kure_lib.study.records import Record
 from kure_lib.tensors.grids import grid_named
-from kure_lib.tensors.steps import PER_CHANNEL, distortion
+from kure_lib.tensors.quantizers import quantize
+from kure_lib.tensors.steps import PER_CHANNEL, best_step, distortion
 from kure_lib.training import loop as training
 from kure_lib.training.configs import RunConfig
 
@@ -311,6 +313,18 @@ def test_an_8_bit_copy_with_new_batch_norms_is_another_network(files, config):
     assert renewed.loss != runs.evaluate(record, QuantizationSpec(**spec)).loss
     split = data.load("fashion_mnist", "test").head(256)
     assert evaluation.evaluate(record.network(), split) == runs.evaluate(record)
+
+
+def test_a_layer_is_quantized_alone_as_by_hand(files, config):
+    record = runs.get(config)
+    name, layer = list(quantized_layers(record.network()).items())[4]
+    found = runs.evaluate(record, QuantizationSpec(weight_bits=1, layers=[name]))
+    network, (_, split) = copy.deepcopy(record.network()), training.splits(config)
+    weight = network.get_submodule(name).weight
+    with torch.no_grad():
+        weight.copy_(quantize(weight, best_step(weight, 1), 1))
+    assert found == evaluation.evaluate(network, split) != runs.evaluate(record)
+    assert not torch.equal(weight, layer.weight)
 
 
 def test_weight_steps_are_chosen_once_for_all_specifications_that_share_them(files, config, monkeypatch):
