@@ -3,6 +3,7 @@
 import numba
 import numpy as np
 
+IN_TURN = 32  # values a level up to which going through them is faster than a binary search for each level
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # lets sums be vectorized; NaNs and infinities stay what they are
 
 
@@ -75,12 +76,19 @@ def level_moments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cell after cell for every step; `ranks` are the numbers of values below, where not all values are given."""
     product, square = np.empty(steps.size), np.empty(steps.size)
+    in_turn = values.size < IN_TURN * level.size
     for s in range(steps.size):
         first, second, start = 0.0, 0.0, 0
         for k in range(level.size):
             end = values.size
             if k < middle.size:
-                end = _first_from(values, start, values.dtype.type(steps[s] * middle[k]))
+                threshold = values.dtype.type(steps[s] * middle[k])
+                if in_turn:
+                    end = start
+                    while end < values.size and values[end] < threshold:
+                        end += 1
+                else:
+                    end = _first_from(values, start, threshold)
             count = end - start if ranks is None else ranks[end] - ranks[start]
             first += level[k] * (sums[end] - sums[start])
             second += level[k] * level[k] * count

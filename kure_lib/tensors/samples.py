@@ -19,6 +19,7 @@ try:
 except ImportError:  # numba makes it faster, and is not required
     compiled = None
 
+FEW = 8  # levels a value from which on values are cheaper than levels to go through
 LARGE = 2**20  # values; a larger tensor has landmarks
 LANDMARKS, TAIL = 2**16, 2**10  # of them in all, and at each end
 
@@ -84,7 +85,7 @@ class EmpiricalDistribution:
         """Σ x·level and Σ level² over the tensor at each step, with levels in units of the step: as `steps` each."""
         level = levels(bits, grid).numpy()
         middle = (level[1:] + level[:-1]) / 2
-        if self.values.size < len(level):  # cheaper value by value, say for a channel
+        if self.values.size * FEW < len(level):  # cheaper value by value, say for a depthwise channel
             nearest = level[np.searchsorted(middle, self.values / steps[..., None])]
             return nearest @ self.values, np.square(nearest).sum(-1)
         values, sums, ranks = self.landmarks if rough and self.values.size > LARGE else (self.values, self.sums, None)
@@ -120,7 +121,7 @@ class EmpiricalRows:
         level = levels(bits, grid).numpy()
         middle = (level[1:] + level[:-1]) / 2
         flat = np.ascontiguousarray(steps.reshape(len(steps), -1))
-        if self.values.shape[1] < len(level):
+        if self.values.shape[1] * FEW < len(level):
             nearest = level[np.searchsorted(middle, self.values[:, None] / flat[..., None])]
             product = np.stack([of_steps @ row for of_steps, row in zip(nearest, self.values, strict=True)])
             square = np.square(nearest).sum(-1)
