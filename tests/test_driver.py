@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 from helpers import TINY, Losing, same_weights
 
-from kure_lib import driver, engine, notebooks, overview, paths
+from kure_lib import driver, engine, notebooks, overview, paths, site
 from kure_lib.networks import device
 from kure_lib.paths import KureError
 from kure_lib.quantization.spec import PIPELINES, QuantizationSpec
@@ -393,6 +393,7 @@ def test_what_notebooks_declare_is_evaluated_before_and_what_they_do_not_is_told
         return execute(*arguments, **options)
 
     monkeypatch.setattr(notebooks, "execute", look)
+    monkeypatch.setattr(site, "build", lambda profile, failed: paths.results() / "site")  # the test above builds one
     driver.run("smoke", jobs=2)
     declared = {QuantizationSpec(weight_bits=bits).key for bits in (None, 4, 3)}
     assert seen == [declared]

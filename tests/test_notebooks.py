@@ -111,6 +111,11 @@ def test_its_links_lead_somewhere(stem):
     assert [target for target in targets if not (paths.NOTEBOOKS / target).exists()] == []
 
 
+def test_the_first_one_leads_to_all_others():
+    linked = "\n".join(cell.source for cell in read(notebooks.available()[0]).cells if "| question |" in cell.source)
+    assert [stem for stem in notebooks.available()[1:] if f"]({stem}.ipynb)" not in linked] == []
+
+
 def test_every_cell_that_evaluates_declares_it(stem):
     evaluating = [cell for cell in code(stem) if re.search(r"\.measure\(|study\.evaluate\(", cell.source)]
     declared = tagged(stem, notebooks.NEEDS)
