@@ -14,7 +14,7 @@ from kure_lib.findings import verdicts
 from kure_lib.paths import KureError
 
 PAPER_CLAIMS = ["L1", "L2", "L3", "T4", "O1", "B1", "K1", "K2", "K3", "K4", "S1", "S2", "S3", "W1", "W2", "R1", "V1"]
-OURS = [f"{letter}{n}" for letter, most in {"P": 7, "M": 5, "N": 6, "G": 2, "F": 2, "D": 5, "E": 1, "A": 6}.items()
+OURS = [f"{letter}{n}" for letter, most in {"P": 8, "M": 5, "N": 6, "G": 2, "F": 2, "D": 5, "E": 1, "A": 6}.items()
         for n in range(1, most + 1)]  # fmt: skip
 QUESTIONS = [f"Q{number}" for number in range(1, 14) if number != 2]  # Q2 is S3
 FIRST, SECOND = "04_training", "09_rival_regularizers"  # judge Q8 together
