@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 PROFILES = {
     "smoke": "a tiny subset that proves the machinery: minutes",
-    "quick": "the default: real training on the embedded data, one seed, a quarter of an hour on two cores",
+    "quick": "the default: real training on the embedded data, one seed, twenty minutes on two cores",
     "study": "the committed study, all seeds: minutes from its records, hours from scratch",
     "imagenet": "the paper's scale: ImageNet, torchvision's weights, GPUs",
     "large": "torchvision's networks on Tiny ImageNet, more of them than in the study, for a GPU: trained only",

@@ -1,4 +1,4 @@
-"""The site of a profile: its notebooks, verdicts, figures and tables, and an explorer of every accuracy on record.
+"""The site of a profile: its notebooks, verdicts, figures and tables, and an explorer of accuracies.
 
 Sphinx builds it from the templates in `docs/` and the executed notebooks, a warning being an error. It needs no server
 and no network: it can be opened, searched and sent as a folder of files.

@@ -1,8 +1,8 @@
 """Published numbers, each checked against the authors' supplement or released files; one row a number.
 
 Top-1 accuracies are in %, on ImageNet; 32 bits means not quantized; `arm` is "none" or "KURE"; `source`
-names the table or figure. The tables stand as printed in `published.toml`. A number that was not published, or that
-we could not check, is not here.
+names the table or figure. The tables stand as printed in `published.toml`. A number that we could not check
+is not here; of one row, `TARGET_1_6`, it is said that it was not published.
 """
 
 import tomllib

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kure_lib.networks.layers import QUANTIZABLE
+from kure_lib.networks.layers import QUANTIZABLE, evaluating
 from kure_lib.paths import KureError
 from kure_lib.tensors.grids import SIGNED_INT, UNSIGNED, Grid
 
@@ -76,11 +76,8 @@ def sites(model: nn.Module, images: Tensor) -> list[str]:
         found.append(site)
         return output
 
-    training = model.training
-    model.eval()
-    with replaced(model, note):
+    with evaluating(model), replaced(model, note):
         model(images)
-    model.train(training)
     return found
 
 

@@ -7,7 +7,7 @@ import re
 import subprocess
 import timeit
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -159,11 +159,13 @@ def single_thread() -> Iterator[None]:
 
 def provenance() -> dict[str, Any]:
     """Versions, machine, arithmetic and commit, as a record keeps them."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    place = device()
+    place, commit = device(), ""
+    with suppress(OSError):  # there is no git
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": metadata.version("torchvision"),
         "numpy": np.__version__, "machine": platform.machine(), "system": platform.system(),
         "device": torch.cuda.get_device_name() if place.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
-        "precision": precision(), "threads": 1, "commit": git.stdout.strip() or "unknown",
+        "precision": precision(), "threads": 1, "commit": commit or "unknown",
     }  # fmt: skip

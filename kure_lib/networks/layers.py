@@ -5,13 +5,43 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from kure_lib.paths import KureError, check_known
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not list(m.children())
+
+
+def followed(model: nn.Module, advice: str) -> fx.Graph:
+    """The calls of a network in their order, down to modules that hold no others.
+
+    Raises `KureError`, which ends in `advice`, for a network that cannot be followed so.
+    """
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # whatever the network does
+        name, reason = type(model).__name__, type(error).__name__
+        raise KureError(f"{name} cannot be followed from layer to layer ({reason}): {advice}.") from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode; afterwards each of its modules is in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

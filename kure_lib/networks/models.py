@@ -1,4 +1,4 @@
-"""The networks: torchvision's, and two of its architectures cut to size for small images.
+"""The networks: torchvision's, and three of its architectures cut to size for small images.
 
 torchvision takes two seconds to import, so that this waits until a network is built: who reads records needs none.
 """

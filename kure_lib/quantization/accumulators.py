@@ -48,7 +48,7 @@ def narrow(layers: Mapping[str, nn.Module], steps: Mapping[str, Tensor], bits: i
     Args:
         layers: Quantized convolutions and linear layers by name.
         steps: Their steps: a number, or [C, 1, …, 1] with one a channel.
-        bits: P. The sums themselves are made in float32, whole below 2^24.
+        bits: P. The sums themselves are made in float32, or where they might reach 2^24 in float64, and so are whole.
 
     A layer whose input does not say of which `step` it is, since it is in full precision or was reshaped on its way,
     computes as it did. Codes of 8 bits are read without error from activations in bfloat16, too, which have as many.
@@ -69,6 +69,8 @@ def _summing(layer: nn.Module, step: Tensor, bits: int) -> Callable[[Tensor], Te
             return type(layer).forward(layer, x)
         with torch.autocast(x.device.type, enabled=False):
             weights, codes = (layer.weight.float() / step).round(), (x.float() / unit).round()
+            if weights.abs().flatten(1).sum(1).max() * codes.abs().max() >= 2**24:
+                weights, codes = weights.double(), codes.double()
             summed = (
                 linear(codes, weights) if isinstance(layer, nn.Linear) else layer._conv_forward(codes, weights, None)
             )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm
 
 from kure_lib.networks import activations, device
+from kure_lib.networks.layers import BATCH_NORMS, evaluating
 from kure_lib.paths import KureError
 from kure_lib.quantization.spec import IMAGES
 from kure_lib.tensors.grids import UNSIGNED, Grid
@@ -16,6 +17,7 @@ from kure_lib.tensors.samples import EmpiricalDistribution
 from kure_lib.tensors.steps import best_step
 
 RENEWED = {"means": "running_mean", "variances": "running_var"}  # by the name of what alone is taken anew
+BATCH = 256  # images at a time for new batch-norm statistics
 KEPT = 2**18  # values of a site that are looked at, evenly spread over images, channels and positions
 
 
@@ -46,10 +48,14 @@ def observe(model: nn.Module, batch: Tensor) -> dict[str, EmpiricalDistribution]
             seen[site] = EmpiricalDistribution(values)
         return output
 
-    model.eval()
-    with activations.replaced(model, note):
+    with evaluating(model), activations.replaced(model, note):
         model(batch)
     return seen
+
+
+def parts(images: Tensor) -> tuple[Tensor, ...]:
+    """Images in batches of equal size but for one, so that a mean over batches is one over images."""
+    return images.chunk(-(-len(images) // BATCH))
 
 
 @torch.inference_mode()
@@ -95,39 +101,41 @@ def reestimated_batch_norm(
     "variances" the others stay as they were trained, also while images pass: a layer sees what it will see.
     """
     alone = RENEWED[which] if isinstance(which, str) else None
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [norm for norm in model.modules() if isinstance(norm, BATCH_NORMS) and norm.track_running_stats]
     kept = [(norm.momentum, {name: value.clone() for name, value in norm.named_buffers()}) for norm in norms]
     try:
-        for norm, (_, old) in zip(norms, kept, strict=True):
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
-            norm.train()
-            if alone:
-                norm.forward = _renewing(norm, alone, old)
-        with torch.no_grad(), device.autocast():
-            for batch in batches:
-                model(batch)
-        for norm, (_, old) in zip(norms, kept, strict=True) if alone else ():
-            del norm.forward  # the class's own is found again
-            for name in {*RENEWED.values()} - {alone}:
-                norm.get_buffer(name).copy_(old[name])
-        model.eval()
-        yield model
+        with evaluating(model):
+            for norm, (_, old) in zip(norms, kept, strict=True):
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all batches
+                norm.train()
+                if alone:
+                    norm.forward = _renewing(norm, alone, old)
+            with torch.no_grad(), device.autocast():
+                for batch in batches:
+                    model(batch)
+            for norm, (_, old) in zip(norms, kept, strict=True):
+                norm.eval()
+                if alone:
+                    del norm.forward  # the class's own is found again
+                    for name in {*RENEWED.values()} - {alone}:
+                        norm.get_buffer(name).copy_(old[name])
+            yield model
     finally:
         for norm, (momentum, buffers) in zip(norms, kept, strict=True):
             norm.__dict__.pop("forward", None)
             norm.momentum = momentum
             for name, value in norm.named_buffers():
                 value.copy_(buffers[name])
-        model.eval()
 
 
-def _renewing(norm: nn.BatchNorm2d, alone: str, old: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def _renewing(norm: nn.Module, alone: str, old: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """The forward pass of a batch norm that takes both statistics anew, and computes with one new and one old."""
 
     def forward(x: Tensor) -> Tensor:
         type(norm).forward(norm, x)
-        new = {"running_mean": x.float().mean((0, 2, 3)), "running_var": x.float().var((0, 2, 3))}
+        over = [0, *range(2, x.dim())]  # all but the channels
+        new = {"running_mean": x.float().mean(over), "running_var": x.float().var(over)}
         used = {**old, alone: new[alone]}
         return batch_norm(x, used["running_mean"], used["running_var"], norm.weight, norm.bias, eps=norm.eps)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from kure_lib.networks.layers import followed
 from kure_lib.paths import KureError
 
 ROUNDS, CLOSE = 100, 1e-6  # sweeps over all pairs at most, and the largest logarithm of a scale that ends them
@@ -36,22 +37,12 @@ class ClippedReLU(nn.ReLU6):
         return torch.minimum(x.relu(), self.limits.to(x.dtype))
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not list(m.children())
-
-
 def pairs(model: nn.Module) -> list[Pair]:
     """Every two convolutions with nothing but ReLUs, clipped or not, between them and no other reader of the first.
 
     Raises `KureError` if the network cannot be followed from layer to layer.
     """
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the network does
-        raise KureError(f"This network cannot be followed from layer to layer ({type(error).__name__}): leave "
-                        "equalized out.") from error  # fmt: skip
-    return list(_pairs(model, graph))
+    return list(_pairs(model, followed(model, "leave equalized out")))
 
 
 def _pairs(model: nn.Module, graph: fx.Graph) -> Iterator[Pair]:

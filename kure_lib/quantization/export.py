@@ -20,8 +20,10 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from kure_lib.files import write_atomically
+from kure_lib.networks.layers import followed
 from kure_lib.networks.models import DenseGradient
-from kure_lib.paths import KureError
+from kure_lib.paths import KureError, check_known
+from kure_lib.quantization.equalization import ClippedReLU
 from kure_lib.quantization.integers import Integers
 
 OPSET, IR_VERSION = 21, 10  # the first that can name 4-bit integers
@@ -37,16 +39,19 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """A convolutional network in evaluation mode as an ONNX model, from images [N, *image_shape] to scores.
 
-    `weights` gives layers as integers (see `master.of`); up to 4 bits they are packed two in a byte. The outputs of
+    `weights` gives layers as integers (see `integers.of`); up to 4 bits they are packed two in a byte. The outputs of
     the ReLUs of `activation_steps` (see `calibration.activation_steps`) become 8-bit unsigned integers. All else
     is in float32. Raises `KureError` for integers that stand for the middle of a cell, which ONNX cannot
-    say, and for an operation that is not known here.
+    say, or of a layer that is not there, for control flow, and for an operation that is not known here.
     """
     writer = _Writer(model, weights or {}, activation_steps or {})
-    nodes = list(_Tracer().trace(model).nodes)
+    nodes = list(followed(model, "export a network without control flow").nodes)
+    layers = [node.target for node in nodes if isinstance(writer.called(node), nn.Conv2d | nn.Linear)]
+    for name in writer.weights:
+        check_known("layer", name, layers)
     for node in nodes:
         writer.names[node] = writer.write(node)
-    return writer.finished(nodes[0], nodes[-1], image_shape)
+    return writer.finished(nodes[-1], image_shape)
 
 
 def save(network: onnx.ModelProto, path: Path) -> int:
@@ -76,9 +81,13 @@ def scores(loaded: onnxruntime.InferenceSession, images: Tensor) -> Tensor:
     return torch.cat([torch.from_numpy(loaded.run(None, {"images": b.numpy()})[0]) for b in images.split(BATCH)])
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return not list(module.children())
+def _pads_with_zeros(layer: nn.Conv2d) -> bool:
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _is_full_norm(module: nn.Module | None) -> bool:
+    """Whether it is a batch norm with all that ONNX asks of one: scales, shifts, means and variances."""
+    return isinstance(module, nn.BatchNorm2d) and module.bias is not None and module.running_mean is not None
 
 
 class _Writer:
@@ -92,6 +101,9 @@ class _Writer:
         self.uses: Counter[str] = Counter()  # of each ReLU, to name its sites as `activations` does
         self.folded: set[fx.Node] = set()
 
+    def called(self, node: fx.Node) -> nn.Module | None:
+        return self.model.get_submodule(node.target) if node.op == "call_module" else None
+
     def write(self, node: fx.Node) -> str:
         """Add what computes a node; returns the name of its output."""
         if node.op == "placeholder":
@@ -99,9 +111,9 @@ class _Writer:
         inputs = [self.names[each] for each in node.all_input_nodes]
         if node.op == "output" or node in self.folded:
             return inputs[0]
-        if node.op == "call_module":
-            return self._module(node, self.model.get_submodule(node.target), inputs[0])
-        target = node.target
+        if node.op == "call_module" and not node.kwargs:
+            return self._module(node, self.called(node), inputs[0])
+        target = None if node.kwargs else node.target  # what a keyword says would be lost
         if target in (operator.add, operator.iadd, torch.add) and len(inputs) == 2:
             return self._add("Add", inputs, node.name)
         if target is torch.flatten and node.args[1:] == (1,):
@@ -111,9 +123,11 @@ class _Writer:
         ):
             axes = self._constant(f"{node.name}.axes", np.array([2, 3]))
             return self._add("ReduceMean", [*inputs, axes], node.name, keepdims=int(target != "mean"))
-        raise KureError(f"'{node}' ({target}) cannot be written as ONNX: teach kure_lib/export.py this operation.")
+        given = "".join(f", {key}={value}" for key, value in node.kwargs.items())
+        raise KureError(f"'{node}' ({node.target}{given}) cannot be written as ONNX: teach "
+                        "kure_lib/quantization/export.py this operation.")  # fmt: skip
 
-    def finished(self, first: fx.Node, last: fx.Node, image_shape: tuple[int, ...]) -> onnx.ModelProto:
+    def finished(self, last: fx.Node, image_shape: tuple[int, ...]) -> onnx.ModelProto:
         images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", *image_shape])
         output = helper.make_tensor_value_info(self.names[last], TensorProto.FLOAT, ["N", None])
         graph = helper.make_graph(self.nodes, type(self.model).__name__, [images], [output], self.constants)
@@ -121,9 +135,9 @@ class _Writer:
 
     def _module(self, node: fx.Node, module: nn.Module, x: str) -> str:
         name = node.target
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and _pads_with_zeros(module)):
             return self._layer(node, module, x)
-        if isinstance(module, nn.BatchNorm2d):
+        if _is_full_norm(module):
             values = {"weight": module.weight, "bias": module.bias,
                       "mean": module.running_mean, "variance": module.running_var}  # fmt: skip
             inputs = [self._constant(f"{name}.{key}", value) for key, value in values.items()]
@@ -131,7 +145,8 @@ class _Writer:
         if isinstance(module, nn.ReLU | nn.ReLU6):
             return self._relu(name, module, x)
         if isinstance(module, nn.MaxPool2d) and module.dilation == 1 and not module.ceil_mode:
-            size, stride, pad = ([v, v] for v in (module.kernel_size, module.stride, module.padding))
+            given = (module.kernel_size, module.stride, module.padding)
+            size, stride, pad = (np.broadcast_to(each, 2).tolist() for each in given)
             return self._add("MaxPool", [x], name, kernel_shape=size, strides=stride, pads=pad * 2)
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return self._add("Flatten", [x], name, axis=1)
@@ -139,16 +154,16 @@ class _Writer:
             return self._add("GlobalAveragePool", [x], name)
         if isinstance(module, PASSED):
             return x
-        raise KureError(f"'{name}' ({type(module).__name__}) cannot be written as ONNX: teach kure_lib/export.py "
-                        "this kind of layer.")  # fmt: skip
+        raise KureError(f"'{name}' ({module}) cannot be written as ONNX: teach kure_lib/quantization/export.py this "
+                        "kind of layer.")  # fmt: skip
 
     def _layer(self, node: fx.Node, layer: nn.Conv2d | nn.Linear, x: str) -> str:
         name, stored = node.target, self.weights.get(node.target)
         bias = torch.zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach().cpu()
         factor = torch.ones_like(bias)
         norm = next(iter(node.users))
-        module = self.model.get_submodule(norm.target) if norm.op == "call_module" else None
-        if len(node.users) == 1 and isinstance(module, nn.BatchNorm2d):
+        module = self.called(norm)
+        if len(node.users) == 1 and _is_full_norm(module):
             scale = (module.weight / (module.running_var + module.eps).sqrt()).detach().cpu()
             if stored is None or (scale > 0).all():  # a step is above zero: where a scale is not, the norm stays
                 factor = scale
@@ -179,7 +194,10 @@ class _Writer:
     def _relu(self, name: str, module: nn.Module, x: str) -> str:
         site = f"{name}:{self.uses[name]}"
         self.uses[name] += 1
-        if isinstance(module, nn.ReLU6):
+        if isinstance(module, ClippedReLU):  # a Clip has one limit for all channels
+            limits = self._constant(f"{site}.limits", module.limits)
+            output = self._add("Min", [self._add("Relu", [x], f"{site}.positive"), limits], site)
+        elif isinstance(module, nn.ReLU6):
             bounds = [self._constant(f"{site}.{key}", np.float32(value)) for key, value in (("low", 0), ("high", 6))]
             output = self._add("Clip", [x, *bounds], site)
         else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kure_lib.networks import device
+from kure_lib.networks.layers import evaluating
 from kure_lib.paths import KureError
 from kure_lib.quantization import adaround, gptq
 from kure_lib.quantization.spec import QuantizationSpec
@@ -62,9 +63,8 @@ def inputs(model: nn.Module, name: str, images: Tensor) -> Tensor:
         seen.append(arguments[0].float())
         raise _Reached
 
-    model.eval()
     handle = model.get_submodule(name).register_forward_pre_hook(note)
-    try:
+    with evaluating(model), handle:
         for batch in images.split(BATCH):
             try:
                 with device.autocast():
@@ -73,8 +73,6 @@ def inputs(model: nn.Module, name: str, images: Tensor) -> Tensor:
                 continue
             raise KureError(f"The calibration images do not reach layer '{name}', which is to be rounded by what it "
                             "sees: leave it out of layers, or give images that do.")  # fmt: skip
-    finally:
-        handle.remove()
     return torch.cat(seen)
 
 

@@ -109,6 +109,9 @@ class QuantizationSpec(BaseModel):
     @classmethod
     def _name_calibration(cls, fields: Any, validate: Validate) -> "QuantizationSpec":
         """How many calibration images are taken is filled in where any are, and so are search, iterations and draw."""
+        if isinstance(fields, QuantizationSpec):
+            return fields
+        fields = {name: value for name, value in fields.items() if value is not None}
         rule = fields.get("step_rule")
         searched = {"calibration": IMAGES, "search": SEARCH} if rule == "lapq" else {}
         learned = {"iterations": ITERATIONS} if fields.get("reconstruction") == "adaround" else {}
@@ -136,7 +139,11 @@ class QuantizationSpec(BaseModel):
         if self.refit and (self.step_rule not in TRAINED_RULES or self.weight_bits is None):
             raise KureError("Weight steps are refit where training left others: give weight_bits and the step_rule of "
                             f"the training, {' or '.join(TRAINED_RULES)}, or leave refit out.")  # fmt: skip
-        if self.rounding:
+        if self.grid != grid_named(self.grid.name):
+            raise KureError(f"{self.grid!r} is not the grid that records call {self.grid.name}: take that one.")
+        if self.scope not in (PER_TENSOR, PER_CHANNEL) and (self.scope.name, bool(self.scope.size)) != ("block", True):
+            raise KureError(f"There is no scope {self.scope!r}: take PER_TENSOR, PER_CHANNEL or per_block(size).")
+        if self.rounding is not None:
             check_known("rounding", self.rounding, ROUNDINGS)
             self._allow_only(
                 "made from an 8-bit copy", {"grid": SIGNED_INT},
@@ -157,6 +164,8 @@ class QuantizationSpec(BaseModel):
                 raise KureError("LAPQ needs something to quantize: give weight_bits, activation_bits or both.")
         else:
             parse_rule(self.step_rule, self.scope)
+            if self.activation_bits is not None:  # which have a step a site
+                parse_rule(self.step_rule)
         if self.equalized and not self.fold_batch_norm:
             raise KureError("Ranges are equalized once batch norms are folded: give fold_batch_norm=True, or leave "
                             "equalized out.")  # fmt: skip

@@ -1,6 +1,7 @@
 """A quantized network is a view of the full-precision one, for as long as a `with` block lasts."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -10,15 +11,22 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
 from kure_lib.networks import activations
-from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
+from kure_lib.networks.layers import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    LatentWeight,
+    evaluating,
+    followed,
+    latent_weight,
+    quantized_layers,
+    restored,
+)  # fmt: skip
 from kure_lib.paths import KureError, check_known
 from kure_lib.quantization import accumulators, calibration, equalization, layerwise, perturbations, transforms
 from kure_lib.quantization.spec import TRAINED_RULES, QuantizationSpec
 from kure_lib.tensors.grids import Format, Grid
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.steps import best_step, power_of_two
-
-BATCH = 256  # images at a time for new batch-norm statistics
 
 
 class FakeQuantize(LatentWeight):
@@ -87,19 +95,20 @@ def corrected(levels: Tensor, weight: Tensor, stored: Tensor | None = None) -> T
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every batch norm is folded into the convolution before it.
+    """A copy of the model in which every batch norm that alone reads a convolution is folded into it.
 
     Folding multiplies each output channel by a scale of its own: per tensor, the weights are no longer
-    distributed as they were.
+    distributed as they were. Raises `KureError` if the network cannot be followed from layer to layer.
     """
     model = copy.deepcopy(model).eval()
-    place, previous = "", None
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and isinstance(previous, nn.Conv2d):
-            model.set_submodule(place, fuse_conv_bn_eval(previous, module))
-            model.set_submodule(name, nn.Identity())
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-            place, previous = name, module
+    calls = [node for node in followed(model, "leave fold_batch_norm out").nodes if node.op == "call_module"]
+    uses = Counter(node.target for node in calls)
+    for node, norm in ((node, next(iter(node.users))) for node in calls if len(node.users) == 1):
+        if norm in calls and uses[node.target] == uses[norm.target] == 1:
+            layer, follower = model.get_submodule(node.target), model.get_submodule(norm.target)
+            if isinstance(layer, CONVOLUTIONS) and isinstance(follower, BATCH_NORMS) and follower.track_running_stats:
+                model.set_submodule(node.target, fuse_conv_bn_eval(layer, follower))
+                model.set_submodule(norm.target, nn.Identity())
     return model
 
 
@@ -188,6 +197,8 @@ def quantized(
     model = transforms.transformed(model, spec.transform, images) if spec.transform else model
     steps = chosen_steps(model, spec, images, steps)
     with ExitStack() as stack:
+        if needs_images:
+            stack.enter_context(evaluating(model))
         if spec.activation_bits is not None:
             first, *inner, last = activations.sites(model, images[:1])
             site_steps = {site: _final(site, steps[site], spec.activation_ratio, spec) for site in set(inner)}
@@ -215,7 +226,7 @@ def quantized(
             quantizer = _quantizer(site_steps, spec.activation_bits, activations.grid(model), {first, last})
             stack.enter_context(activations.replaced(model, quantizer))
         if spec.reestimate_batch_norm:
-            batches, which = images.split(BATCH), spec.reestimate_batch_norm
+            batches, which = calibration.parts(images), spec.reestimate_batch_norm
             stack.enter_context(calibration.reestimated_batch_norm(model, batches, which))
         if spec.perturbation and spec.perturbation.startswith("flips"):  # in memory, after all else is done
             for name, layer in chosen.items():

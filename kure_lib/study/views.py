@@ -89,7 +89,7 @@ def _rounded(record: Record, spec: QuantizationSpec) -> dict[str, Tensor]:
     """The weights of every quantized layer, by name."""
     network, steps = _network(record, spec), _steps(record, choosing(spec))
     with view.quantized(network, _as_kept(spec), _images(record, spec), steps=steps) as rounded:
-        return {name: layer.weight for name, layer in quantized_layers(rounded).items()}
+        return {name: layer.weight for name, layer in quantized_layers(rounded, spec.layers).items()}
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def _renewed(record: Record, spec: QuantizationSpec, network: nn.Module) -> Abst
     """The block in which the network has new batch-norm statistics, if asked."""
     if not spec.reestimate_batch_norm:
         return nullcontext()
-    batches = _images(record, spec).split(view.BATCH)
+    batches = calibration.parts(_images(record, spec))
     return calibration.reestimated_batch_norm(network, batches, spec.reestimate_batch_norm)
 
 

@@ -325,7 +325,7 @@ def block_scale(largest: Tensor, rule: str, outermost: float) -> Tensor:
         return torch.where(ideal > 0, ideal, 1.0)
     if rule == "mx":  # frexp is exact where log2 need not be
         exponent = torch.frexp(largest).exponent - torch.frexp(torch.tensor(outermost)).exponent
-        return torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, exponent, -127).clamp(-127, 127))
+        return torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, exponent, -126).clamp(-126, 127))
     if rule == "nvfp4":
         tensor_scale = ideal.max() / FP8_E4M3.values[-1]
         smallest = FP8_E4M3.values[FP8_E4M3.values.index(0.0) + 1]

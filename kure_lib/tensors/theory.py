@@ -9,7 +9,7 @@ oΔ at zero outwards, leaves no integral over cells:
     MSE″(Δ)  = 2o² + 4 Σ_j g_j |h_j| P(X > b_j) − 2Δ Σ_j g_j h_j² f(b_j)
 
 where a threshold at or below zero counts the other side, E(b_j − X)⁺ and P(X < b_j). A uniform grid has
-every g_j = 1, a codebook of `formats` its own. Of a distribution three functions of a threshold are needed
+every g_j = 1, a codebook of `grids` its own. Of a distribution three functions of a threshold are needed
 (see `distributions`): `excess` E(X − b)⁺, `tail` P(X > b), `density` f(b). The paper's quantizer (Eq. 1) is
 the grid with 2^M + 1 levels.
 """

@@ -258,7 +258,7 @@ def read_checkpoint(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
         digest, content = sealed[:32], sealed[32:]
         if hashlib.sha256(content).digest() != digest:
             raise ValueError("its SHA-256 is not the one it carries")
-        saved = torch.load(io.BytesIO(content), weights_only=True)
+        saved = torch.load(io.BytesIO(content), "cpu", weights_only=True)  # of whatever device it was
         if saved["key"] != config.key:
             raise ValueError(f"it is that of the run {saved['key']}")
         history = Trained(**saved["history"])

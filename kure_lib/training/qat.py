@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from kure_lib.networks import activations
 from kure_lib.networks.layers import LatentWeight, latent_weight, quantized_layers, restored
+from kure_lib.paths import KureError
 from kure_lib.quantization import calibration
 from kure_lib.quantization.view import FakeQuantize
 from kure_lib.tensors.grids import MID_RISE, SIGNED_INT, UNSIGNED, Bits
@@ -110,6 +111,10 @@ def initial_steps(model: nn.Module, config: QatConfig, images: Tensor) -> Steps:
     highest = dict.fromkeys(means, SIGNED_INT.highest(config.weight_bits))
     for site, seen in calibration.observe(model, images).items():
         means[site], highest[site] = seen.mean_abs, UNSIGNED.highest(config.activation_bits)
+    for name, mean in means.items():
+        if not mean > 0:
+            raise KureError(f"'{name}' is zero everywhere, so that LSQ has no step to begin with: train the network in "
+                            "full precision first, or take DoReFa.")  # fmt: skip
     return Steps.of({name: 2 * means[name] / highest[name] ** 0.5 for name in means}, images.device)
 
 

@@ -6,12 +6,13 @@ import torch
 from helpers import same_weights
 from torch import nn
 
-from kure_lib.networks import activations, models
+from kure_lib.networks import activations, device, models
 from kure_lib.paths import KureError
 from kure_lib.quantization.accumulators import safe_bits, wrapped
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.quantization.view import quantized
 from kure_lib.study.views import choosing
+from kure_lib.tensors.grids import SIGNED_INT
 from kure_lib.tensors.steps import PER_CHANNEL, per_block
 
 WHOLE = {"weight_bits": 4, "activation_bits": 4, "grid": "signed_int"}
@@ -119,6 +120,29 @@ def test_a_residual_network_is_what_it_was_with_wide_sums_and_after_the_view():
     assert not torch.allclose(scores[None], scores[7], rtol=0.1, atol=0.1)
     assert same_weights(before, network.state_dict()) and "forward" not in vars(network.layer1[0].conv1)
     assert activations.sites(network, images[:1])  # and it runs
+
+
+def test_sums_that_float32_cannot_hold_are_made_in_float64():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3),
+                          nn.ReLU(), nn.Conv2d(64, 2, 3)).eval()  # fmt: skip
+    images, kept = torch.randn(4, 1, 12, 12), {}
+    spec = {"weight_bits": 16, "activation_bits": 8, "grid": SIGNED_INT, "accumulator_bits": 12}
+    hook = model[4].register_forward_hook(lambda _, given, output: kept.update(x=given[0], y=output))
+    with torch.no_grad(), device.in_float32(), quantized(model, images=images, **spec):
+        model(images)
+        step, x = model[4].parametrizations.weight[0].step, kept["x"]
+        unit = x.step
+        codes, weights = (
+            (value.double() / size.double()).round() for value, size in ((x, unit), (model[4].weight, step))
+        )
+        sums = nn.functional.conv2d(codes, weights)
+        assert sums.abs().max() > 2**24
+        wanted = ((sums + 2**11) % 2**12 - 2**11) * (step.double() * unit.double()) + model[4].bias.double().view(
+            -1, 1, 1
+        )
+    hook.remove()
+    torch.testing.assert_close(kept["y"].double(), wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_steps_are_chosen_without_looking_at_the_accumulator():

@@ -194,6 +194,79 @@ def test_a_folded_network_computes_the_same_without_batch_norms(network, images)
     assert same_weights(before, state(network))
 
 
+class Crossed(nn.Module):
+    """Norms made in another order than they are used, one convolution with two readers, and one with dimension 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.shared, self.flat = (
+            nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv1d(4, 4, 3)
+        )  # fmt: skip
+        self.after_two, self.after_shared, self.after_one = (nn.BatchNorm2d(4) for _ in range(3))
+        self.after_flat = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        x = self.after_two(self.two(self.after_one(self.one(x)).relu())).relu()
+        shared = self.shared(x)
+        return self.after_flat(self.flat((self.after_shared(shared) + shared).flatten(2)))
+
+
+def crossed():
+    torch.manual_seed(0)
+    model = Crossed().eval().double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for value in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(value, 0.5, 2)
+    return model
+
+
+def test_a_norm_is_folded_into_the_convolution_that_it_reads_alone():
+    model, x = crossed(), torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    folded = view.folded(model)
+    left = [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert left == ["after_shared"]
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x))
+
+
+def test_a_network_that_chooses_its_way_is_not_folded():
+    class Forked(Crossed):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(KureError, match=r"cannot be followed from layer to layer .*: leave fold_batch_norm out"):
+        view.folded(Forked())
+
+
+def test_statistics_are_means_over_images_for_norms_of_any_dimension(float32):
+    model, images = crossed().float(), torch.randn(260, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    images[-4:] += 10  # 260 images are two batches
+    trained = model.after_flat.running_mean.clone()
+    with quantized(model, weight_bits=8, images=images, reestimate_batch_norm=True), torch.no_grad():
+        assert [len(each) for each in calibration.parts(images)] == [130, 130]
+        torch.testing.assert_close(model.after_one.running_mean, model.one(images).mean((0, 2, 3)))
+        assert model.after_flat.num_batches_tracked == 2 and not torch.equal(model.after_flat.running_mean, trained)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"activation_bits": 4}, {"reestimate_batch_norm": True}, {"reestimate_batch_norm": "means"},
+     {"reconstruction": "gptq"}], ids=str,
+)  # fmt: skip
+def test_every_module_is_in_evaluation_within_the_block_and_as_it_was_after_it(options):
+    blocks = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Dropout(0.5)) for _ in range(4)]
+    model, images = nn.Sequential(*blocks).train(), torch.randn(8, 2, 5, 5)
+    model[0][1].eval()
+    modes = {module: module.training for module in model.modules()}
+    with quantized(model, weight_bits=4, images=images, **options):
+        assert not any(module.training for module in modes)
+    assert {module: module.training for module in model.modules()} == modes
+    with pytest.raises(RuntimeError):
+        activations.sites(model, torch.randn(1, 5, 10, 10))
+    assert {module: module.training for module in model.modules()} == modes
+
+
 def test_bias_correction_keeps_the_mean_and_variance_of_every_channel():
     torch.manual_seed(0)
     weight = torch.randn(8, 4, 3, 3) * torch.linspace(0.5, 2, 8)[:, None, None, None] + 0.1
@@ -312,9 +385,8 @@ def test_a_search_without_images_bits_or_a_budget_is_an_error(network, images):
         lapq.loss_aware_steps(network, images[0][:0], images[1][:0], lapq_spec(4, 4))
     with pytest.raises(KureError, match="something to quantize"):
         lapq.loss_aware_steps(network, *images, lapq_spec(None, None))
-    for spec in (QuantizationSpec(weight_bits=4), lapq_spec(4, None, search=None)):
-        with pytest.raises(KureError, match="LAPQ needs a specification of its own"):
-            lapq.loss_aware_steps(network, *images, spec)
+    with pytest.raises(KureError, match="LAPQ needs a specification of its own"):
+        lapq.loss_aware_steps(network, *images, QuantizationSpec(weight_bits=4))
 
 
 def test_weights_that_cannot_be_quantized_name_their_layer(network, images):

@@ -1,5 +1,7 @@
 """An exported network says what ours says, in a file that others accept."""
 
+import re
+
 import onnx
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torchvision import models as torchvision_models
 from kure_lib.networks import models
 from kure_lib.networks.layers import quantized_layers
 from kure_lib.paths import KureError
-from kure_lib.quantization import calibration, export
+from kure_lib.quantization import calibration, equalization, export
 from kure_lib.quantization import integers as master
 from kure_lib.quantization.view import quantized
 from kure_lib.tensors.grids import SIGNED_INT
@@ -53,6 +55,27 @@ def test_in_float32_the_scores_are_ours(network, tmp_path, fused):
     expected = model(images)
     made = run(export.to_onnx(model, images.shape[1:]), images, tmp_path, fused)
     assert torch.allclose(made, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", ["tiny"], indirect=True)
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_an_equalized_network_ends_at_its_limits(network, tmp_path, activation_bits):
+    model, images = network[0], 30 * network[1]  # so large that many activations are beyond six
+    model[1], model[3] = nn.ReLU6(), nn.ReLU6()
+    model = equalization.equalized(model)
+    steps = calibration.activation_steps(calibration.observe(model, images), activation_bits) if activation_bits else {}
+    with quantized(model, activation_bits=activation_bits, images=images, steps=steps):
+        expected = model(images)
+    made = run(export.to_onnx(model, images.shape[1:], activation_steps=steps), images, tmp_path)
+    assert (made - expected).abs().mean() < 1e-4 * expected.abs().max()  # a few codes may be the next
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", [nn.MaxPool2d((2, 1)), nn.MaxPool2d((3, 2), (1, 2), (1, 0)), nn.MaxPool2d(3, 2, 1)])
+def test_pools_are_of_any_shape(pool, tmp_path):
+    model, images = nn.Sequential(pool, nn.Flatten()), torch.randn(4, 2, 9, 8)
+    assert run(export.to_onnx(model, images.shape[1:]), images, tmp_path).equal(model(images))
 
 
 @torch.no_grad()
@@ -112,20 +135,50 @@ def test_levels_between_the_integers_cannot_be_written(tiny_model):
         export.to_onnx(tiny_model, (1, 10, 10), stored)
 
 
-@pytest.mark.parametrize("layer", [nn.GELU(), nn.MaxPool2d(2, ceil_mode=True), nn.AdaptiveAvgPool2d(2)])
+@pytest.mark.parametrize("name", ["1", "9", "fc"])  # the first is a ReLU
+def test_integers_of_no_layer_are_named(tiny_model, name):
+    stored = master.of(tiny_model)
+    stored[name] = stored["2"]
+    with pytest.raises(KureError, match=f"Unknown layer '{name}': choose one of 0, 2, 4, 5, 7"):
+        export.to_onnx(tiny_model, (1, 10, 10), stored)
+
+
+@pytest.mark.parametrize("layer", [
+    nn.GELU(), nn.MaxPool2d(2, ceil_mode=True), nn.AdaptiveAvgPool2d(2),
+    nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Conv2d(2, 2, 3, padding="same"),
+    nn.BatchNorm2d(2, affine=False), nn.BatchNorm2d(2, bias=False), nn.BatchNorm2d(2, track_running_stats=False),
+])  # fmt: skip
 def test_an_unknown_layer_is_named(layer):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), layer)
-    with pytest.raises(KureError, match=f"'1' \\({type(layer).__name__}\\) cannot be written as ONNX"):
+    with pytest.raises(KureError, match=re.escape(f"'1' ({layer}) cannot be written as ONNX")):
         export.to_onnx(model.eval(), (1, 8, 8))
 
 
-def test_an_unknown_operation_is_named():
-    class Sine(nn.Module):
-        def forward(self, x):
-            return torch.sin(x)
+class Applied(nn.Module):
+    """A function of the images and of their ReLU."""
 
-    with pytest.raises(KureError, match=r"'sin'.*cannot be written as ONNX"):
-        export.to_onnx(Sine(), (1, 8, 8))
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.relu = function, nn.ReLU()
+
+    def forward(self, x):
+        return self.function(x, self.relu(x))
+
+
+@pytest.mark.parametrize(("function", "named"), [
+    (lambda x, y: torch.sin(x), "'sin' .*"),
+    (lambda x, y: torch.add(x, y, alpha=2), "'add' .*, alpha=2"),
+    (lambda x, y: y.mean((2, 3), keepdim=True), r"'mean' \(mean, keepdim=True"),
+])  # fmt: skip
+def test_an_unknown_operation_is_named(function, named):
+    with pytest.raises(KureError, match=rf"{named}\) cannot be written as ONNX"):
+        export.to_onnx(Applied(function), (1, 8, 8))
+
+
+@pytest.mark.parametrize("function", [lambda x, y: x if x.sum() > 0 else y, lambda x, y: sum(x)])
+def test_control_flow_cannot_be_written(function):
+    with pytest.raises(KureError, match=r"Applied cannot be followed from layer to layer \(TraceError\)"):
+        export.to_onnx(Applied(function), (1, 8, 8))
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path, tiny_model):

@@ -1,13 +1,14 @@
 """Specifications: what cannot be is refused where it is made, and their keys are those of the records."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from kure_lib.paths import ROOT, KureError
 from kure_lib.quantization.spec import IMAGES, PIPELINES, ROUNDINGS, SEARCH, QuantizationSpec
-from kure_lib.tensors.grids import FP4_E2M1, MID_TREAD, SIGNED_INT, Bits
-from kure_lib.tensors.steps import PER_CHANNEL, per_block
+from kure_lib.tensors.grids import FP4_E2M1, MID_RISE, MID_TREAD, SIGNED_INT, Bits
+from kure_lib.tensors.steps import PER_CHANNEL, Scope, per_block
 
 RECORDS = sorted((ROOT / "results" / "study" / "records").glob("*.json"))
 STORED = {"weight_bits": 4, "grid": SIGNED_INT, "rounding": "even"}
@@ -62,6 +63,19 @@ def test_only_adaround_names_its_iterations_and_the_usual_number_is_not_in_the_k
     assert QuantizationSpec(weight_bits=4, reconstruction="gptq").iterations is None
 
 
+def test_what_is_none_is_what_is_left_out():
+    for fields in (
+        {"step_rule": "lapq", "weight_bits": 4},
+        {"activation_bits": 4},
+        {"weight_bits": 4},
+        {"weight_bits": 4, "perturbation": "stochastic"},
+        {"weight_bits": 4, "reconstruction": "adaround"},
+    ):
+        unsaid = dict.fromkeys(QuantizationSpec.model_fields.keys() - fields.keys())
+        assert QuantizationSpec(**unsaid, **fields) == QuantizationSpec(**fields)
+        assert QuantizationSpec.model_validate(QuantizationSpec(**fields)) == QuantizationSpec(**fields)
+
+
 def test_layers_are_named_in_any_order_and_travel_in_the_key():
     one, other = (QuantizationSpec(weight_bits=3, layers=names) for names in (["b", "a"], ("a", "b", "a")))
     assert one == other and json.loads(one.key) == {"weight_bits": 3, "layers": ["a", "b"]}
@@ -106,6 +120,12 @@ def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
         ({"weight_bits": 4, "reconstruction": "gptq", "iterations": 9}, "Only AdaRound learns: leave iterations=9 out"),
         ({"weight_bits": 4, "reconstruction": "adaround", "iterations": 0}, "iterations=0"),
         ({"weight_bits": 4, "reconstruction": "obq"}, "reconstruction='obq'"),
+        ({"weight_bits": 4, "scope": Scope("row")}, "no scope .*: take PER_TENSOR, PER_CHANNEL or per_block"),
+        ({"weight_bits": 4, "scope": Scope("block")}, "no scope"),
+        ({"weight_bits": 4, "grid": replace(MID_RISE, offset=0.25)}, "not the grid that records call mid_rise"),
+        ({"weight_bits": 4, "grid": replace(MID_RISE, name="mine")}, "quantization grid 'mine': choose one of"),
+        ({"activation_bits": 4, "scope": per_block(32), "step_rule": "mx"}, "per tensor 'mx'"),
+        (STORED | {"rounding": ""}, "rounding ''"),
         ({"layers": ["0"]}, "Named layers have weights to quantize: give weight_bits"),
         ({"weight_bits": 4, "layers": "0"}, "layers='0'"),
         ({"step_rule": "lsq", "weight_bits": 4, "layers": ["0"]}, "by lsq cannot take layers"),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kure_lib.paths import KureError
+from kure_lib.quantization import view
 from kure_lib.tensors.grids import (
     CODEBOOKS,
     FP4_E2M1,
@@ -197,6 +198,11 @@ def test_a_block_of_zeros_stays_zero(method):
     step = best_step(x, 4, FP4_E2M1, method, per_block(32))
     assert step.isfinite().all() and (step > 0).all()
     assert torch.equal(quantize(x, step, 4, FP4_E2M1)[:2], x[:2])
+    network = torch.nn.Sequential(*(torch.nn.Linear(32, 32) for _ in range(3)))
+    with torch.no_grad():
+        network[1].weight[3] = 0
+    with view.quantized(network, weight_bits=4, grid=FP4_E2M1, step_rule=method, scope=per_block(32)):
+        assert network[1].weight[3].abs().max() == 0 < network[1].weight[2].abs().max()
     with pytest.raises(KureError, match="zero everywhere"):
         best_step(torch.zeros(2, 32), 4, FP4_E2M1, method, per_block(32))
 

@@ -390,6 +390,15 @@ def test_a_checkpoint_that_is_damaged_or_foreign_is_named_and_not_used(interrupt
     assert said in told and "starts again from its first epoch" in told
 
 
+def test_a_checkpoint_of_a_gpu_is_read_where_there_is_none(interrupted, monkeypatch):
+    config, checkpoint = interrupted
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    content = rewritten(checkpoint.read_bytes())
+    assert b"cuda:0" in content
+    checkpoint.write_bytes(content)
+    assert training.read_checkpoint(checkpoint, config)["epoch"] == 1
+
+
 def test_a_checkpoint_that_other_code_wrote_is_named(interrupted):
     config, checkpoint = interrupted
     checkpoint.write_bytes(rewritten(checkpoint.read_bytes(), model={}))

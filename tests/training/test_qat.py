@@ -93,6 +93,10 @@ def test_initial_steps_are_two_mean_absolute_values_over_the_root_of_the_highest
     assert steps["layer1.0.conv1"].item() == pytest.approx((2 * weight.abs().mean() / 3**0.5).item(), rel=1e-6)
     assert len(steps) == 20 + len(activations.quantized_sites(model, IMAGES[:1]))
     assert qat.initial_steps(model, DOREFA, IMAGES) == {}
+    name, layer = list(quantized_layers(model).items())[3]
+    nn.init.zeros_(layer.weight)
+    with pytest.raises(KureError, match=f"'{name}' is zero everywhere, so that LSQ has no step to begin with"):
+        qat.initial_steps(model, LSQ, IMAGES)
 
 
 def build(config):
