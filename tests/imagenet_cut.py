@@ -9,7 +9,7 @@ from kure_lib.study import profiles
 FEW = 2
 IMAGES = {"train_size": FEW, "batch_size": FEW}  # a network is trained on so many, and tested on as many
 CUT = {
-    "calibration": FEW, "image_count": FEW, "images": FEW, "shown": FEW, "search": 10, "searched": [4], "ratios": [1.0],
+    "calibration": FEW, "images": FEW, "shown": FEW, "search": 10, "searched": [4], "ratios": [1.0],
 }  # fmt: skip
 PARAMETERS = {
     number: {name: CUT.get(name, value) for name, value in parameters.items()}

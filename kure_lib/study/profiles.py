@@ -1,5 +1,6 @@
 """What a profile trains, and how its notebooks are executed: the design of the experiment, as data."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ class Contender:
     """An arm of the comparison with rivals: a `name` of `RivalConfig` or none, with `kure` or without.
 
     `strengths` were tried at the recipe's own weight decay, then `decays`, in multiples of it, at the best of them, on
-    images held out of training; `strength` and `decay` are what was best there, which notebook 09 checks.
+    images held out of training; `strength` and `decay` are what was best there, which notebook 09 checks. An arm whose
+    step costs several plain ones has at most so many `seeds`.
     """
 
     arm: str
@@ -22,6 +24,7 @@ class Contender:
     strengths: tuple[float, ...] = ()
     decays: tuple[float, ...] = DECAYS
     kure: bool = False
+    seeds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ NATURAL = _tiny_imagenet("resnet18", part="natural", lengths=(6, 12), length_see
 
 CONTENDERS = (
     Contender("l2", decay=25),
-    Contender("gradient_l1", "gradient_l1", 1e-5, 25, strengths=(1e-5, 1e-4, 1e-3)),
-    Contender("gradient_l1_own", "gradient_l1", 1e-5, decays=()),  # at the weight decay of the control
-    Contender("gradient_l1_strong", "gradient_l1", 1e-3, decays=()),
+    Contender("gradient_l1", "gradient_l1", 1e-5, 25, strengths=(1e-5, 1e-4, 1e-3), seeds=3),
+    Contender("gradient_l1_own", "gradient_l1", 1e-5, decays=(), seeds=3),  # at the weight decay of the control
+    Contender("gradient_l1_strong", "gradient_l1", 1e-3, decays=(), seeds=3),
     Contender("range", "range", 1.0, strengths=(0.01, 0.1, 1.0, 10.0)),
     Contender("outliers", "outliers", 1e3, strengths=(1.0, 10.0, 100.0, 1e3, 1e4)),
     Contender("entropy", "entropy", 1.0, 25, strengths=(0.1, 1.0, 10.0)),
@@ -168,7 +171,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
     ),
     "study": (
         _with(SMALL_RESNET, seeds=5, target_seeds=5, coefficient_seeds=3, scratch_seeds=1, activation_seeds=3, **SWEEP,
-              contenders=CONTENDERS, rival_seeds=3, held_out=10_000, schedules=SCHEDULES, schedule_seeds=2,
+              contenders=CONTENDERS, rival_seeds=5, held_out=10_000, schedules=SCHEDULES, schedule_seeds=2,
               lengths=(60,), length_seeds=4,
               quantizers=(("dorefa 4/4", 5), ("lsq 4/4", 5), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
@@ -193,10 +196,11 @@ ONLY_TRAINED = ("large",)  # profiles without notebooks
 PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     "smoke": {
         "00": {"weight_bits": [3], "calibration_size": 32, "search": 30},
-        "02": {"image_count": 50},
+        "02": {"alone": [3]},
+        "05": {"calibration": 32, "search": 30},
         "06": {"points": 3, "calibration": 32, "search": 30},
         "07": {"settings": "3/FP", "calibration": 32, "search": 30, "repeats": 1},
-        "09": {"points": 3},
+        "09": {"points": 3, "calibration": 32, "search": 30},
         "11": {"rows": 128},
         "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32, "search": 30},
         "13": {"settings": "3/FP", "calibration": 32, "search": 30},
@@ -220,8 +224,10 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64, "search": 100},
+        "05": {"calibration": 64, "search": 100},
         "06": {"points": 9, "calibration": 64, "search": 100},
         "07": {"settings": "3/FP 4/4", "calibration": 64, "search": 100, "repeats": 0},
+        "09": {"calibration": 64, "search": 100},
         "12": {
             "seeds": [1],
             "bits": [4, 2],
@@ -238,6 +244,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "21": {"seeds": [1, 1]},
     },
     "imagenet": {
+        "02": {"alone": [3]},
         "12": {"seeds": [1, 1, 1]},
         "14": {"seeds": [1, 1, 1]},
         "16": {"images": 8},
