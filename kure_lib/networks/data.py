@@ -193,9 +193,12 @@ class FolderSplit:
             _Pictures(self.samples), batch_sampler=[_own(batch, part) for batch in batches],
             num_workers=_readers(part[1]), generator=torch.Generator(), pin_memory=place.type == "cuda",
         )  # fmt: skip
-        for images, labels in loader:
-            images = images.to(place, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
-            yield images.sub_(mean).div_(std), labels.to(place, non_blocking=True)
+        try:
+            for images, labels in loader:
+                images = images.to(place, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
+                yield images.sub_(mean).div_(std), labels.to(place, non_blocking=True)
+        except pictures.Unreadable as error:  # a worker's has its traceback before the sentence
+            raise pictures.Unreadable(str(error).strip().rpartition(f"{pictures.Unreadable.__name__}: ")[2]) from None
 
     @cached_property
     def _decoded(self) -> TensorSplit:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from kure_lib.paths import KureError, check_known
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+QUANTIZABLE = (*CONVOLUTIONS, nn.Linear)  # layers whose weights can be quantized
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -61,15 +62,14 @@ def regularized_layers(model: nn.Module) -> dict[str, nn.Module]:
     linear layer is the last. A transformer has its linear layers, but not the projections that `nn.MultiheadAttention`
     keeps in a parameter of its own.
     """
-    layers = {name: m for name, m in _modules(model).items() if isinstance(m, (*CONVOLUTIONS, nn.Linear))}
+    layers = {name: m for name, m in _modules(model).items() if isinstance(m, QUANTIZABLE)}
     convolutions = [name for name, layer in layers.items() if isinstance(layer, CONVOLUTIONS)]
     linear = [name for name in layers if name not in convolutions]
     spared = {*convolutions[:1], *linear[-1:]}
     return {name: layer for name, layer in layers.items() if name not in spared}
 
 
-#: Layers whose weights can be quantized, and those whose weights nothing here can reach.
-QUANTIZABLE = (*CONVOLUTIONS, nn.Linear)
+#: Layers whose weights nothing here can reach.
 OUT_OF_REACH = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.modules.conv._ConvTransposeNd)
 
 

@@ -19,13 +19,17 @@ from kure_lib.paths import KureError, cache
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of a cached file
 
 
+class Unreadable(KureError):
+    """A picture that cannot be read, which says nothing about the network that it was for."""
+
+
 def picture(path: Path) -> Image.Image:
-    """A picture in red, green and blue, also where the file is grey; `KureError` names a file that cannot be read."""
+    """A picture in red, green and blue, also where the file is grey; `Unreadable` names a file that cannot be read."""
     try:
         with Image.open(path) as opened:
             return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise KureError(f"The picture {path} cannot be read ({error}): restore it.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise Unreadable(f"The picture {path} cannot be read ({error}): restore it.") from error
 
 
 def fingerprint(images: Tensor, labels: Tensor) -> str:

@@ -121,6 +121,8 @@ class QuantizationSpec(BaseModel):
             needed = needed or any(map(fields.get, ("activation_bits", "reconstruction")))
             needed = needed or fields.get("transform") == "smoothed"
         calibrated = {"calibration": IMAGES} if needed else {}
+        if "calibration" in fields and not needed and not searched and rule not in TRAINED_RULES:
+            raise KureError(f"Nothing here looks at images: leave calibration={fields['calibration']!r} out.")
         try:
             return validate({**calibrated, **searched, **learned, **drawn, **fields})
         except ValidationError as error:

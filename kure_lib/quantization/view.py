@@ -171,7 +171,7 @@ def quantized(
         spec: How it is quantized; its fields may be given as keywords instead, as in `weight_bits=3`.
         images: Calibration images [N, C, H, W] for activations, batch norms and reconstruction.
         steps: Steps of layers and activation sites before any ratio, instead of choosing them by the rule of `spec`.
-            A step changed in place takes effect at the next forward pass.
+            Where no ratio is on it, a step changed in place takes effect at the next forward pass.
 
     Raises:
         KureError: A layer is unknown, weights cannot be quantized, a step is not above zero and finite or does not suit

@@ -224,6 +224,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "quick": {
         "00": {"weight_bits": [3], "calibration_size": 64, "search": 100},
+        "02": {"alone": [3]},
         "05": {"calibration": 64, "search": 100},
         "06": {"points": 9, "calibration": 64, "search": 100},
         "07": {"settings": "3/FP 4/4", "calibration": 64, "search": 100, "repeats": 0},

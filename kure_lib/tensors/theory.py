@@ -32,7 +32,7 @@ VALLEYS, POINTS = 8, 24  # of the distortion against the step that are looked in
 def mse(dist: Any, step: ArrayLike, bits: int, grid: Format) -> np.ndarray:
     """MSE(X, Δ) = E[(X − Q_Δ(X))²] (paper, Eq. 2).
 
-    `dist` is one of `distributions`, a frozen scipy one, a tensor or its `steps.EmpiricalDistribution`; `step`
+    `dist` is one of `distributions`, a frozen scipy one, a tensor or its `samples.EmpiricalDistribution`; `step`
     is positive, a number or an array in the units of X; the result has its shape and the units of X².
     Raises ValueError for a step of zero or less, TypeError for another `dist`.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
 from kure_lib.files import write_atomically
-from kure_lib.networks import data, device, evaluation, models
+from kure_lib.networks import data, device, evaluation, models, pictures
 from kure_lib.networks.layers import latent_weight, regularized_layers
 from kure_lib.paths import KureError, in_words, say
 from kure_lib.tensors.kurtosis import kurtosis
@@ -116,6 +116,8 @@ def _fit(
                 result = evaluation.evaluate(kept, test)
                 values |= {"test_loss": result.loss, "test_top1": result.top1}
                 _check(values, method)
+            except pictures.Unreadable:
+                raise
             except KureError as error:
                 raise KureError(
                     f"Training {config.label} diverged in epoch {epoch + 1}: lower its learning rate "

@@ -17,6 +17,8 @@ from kure_lib.networks import pictures as pictures_module
 from kure_lib.networks.data import DATA, TensorSplit, augment
 from kure_lib.networks.pictures import interleaved
 from kure_lib.paths import KureError
+from kure_lib.training.configs import RunConfig
+from kure_lib.training.loop import fit
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +264,19 @@ def test_augmentation_does_not_depend_on_the_number_of_workers(tiny_imagenet, mo
         assert all(torch.equal(a, b) and torch.equal(x, y) for (a, x), (b, y) in zip(batches[0], other, strict=True))
     again = next(split.batches(2, torch.Generator().manual_seed(6)))[0]
     assert not torch.equal(again, batches[0][0][0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_picture_that_cannot_be_read_is_named_and_no_divergence(tiny_imagenet, monkeypatch, workers, split):
+    monkeypatch.setattr(data, "_readers", lambda parts: workers)
+    damaged = tiny_imagenet / split / "n01443537" / "n01443537_1.JPEG"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    config = RunConfig(
+        model="resnet18", data="imagenet", epochs=1, batch_size=2, learning_rate=0.1, weight_decay=0, kept="float16"
+    )
+    with pytest.raises(KureError, match=rf"^The picture {damaged} cannot be read \(.*\): restore it\.$"):
+        fit(config)
 
 
 @pytest.mark.parametrize("size", [4, 8])  # 8: more than there are

@@ -126,6 +126,7 @@ def test_every_rounding_goes_with_bits_scope_and_batch_norms(rounding):
         ({"weight_bits": 4, "grid": replace(MID_RISE, name="mine")}, "quantization grid 'mine': choose one of"),
         ({"activation_bits": 4, "scope": per_block(32), "step_rule": "mx"}, "per tensor 'mx'"),
         (STORED | {"rounding": ""}, "rounding ''"),
+        ({"weight_bits": 4, "calibration": 64}, "Nothing here looks at images: leave calibration=64 out"),
         ({"layers": ["0"]}, "Named layers have weights to quantize: give weight_bits"),
         ({"weight_bits": 4, "layers": "0"}, "layers='0'"),
         ({"step_rule": "lsq", "weight_bits": 4, "layers": ["0"]}, "by lsq cannot take layers"),
