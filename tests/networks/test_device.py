@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -89,7 +88,6 @@ def test_what_is_to_agree_between_machines_is_computed_in_float32(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes to cores")
 def test_without_git_a_record_says_that_the_commit_is_unknown(monkeypatch):
-    assert re.fullmatch(r"[0-9a-f]{40}", device.provenance()["commit"])
     monkeypatch.setenv("PATH", "")
     assert device.provenance()["commit"] == "unknown"
 
