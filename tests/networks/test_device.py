@@ -86,12 +86,12 @@ def test_what_is_to_agree_between_machines_is_computed_in_float32(monkeypatch):
         assert device.precision() == "bfloat16" and (x @ x).dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes to cores")
 def test_without_git_a_record_says_that_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert device.provenance()["commit"] == "unknown"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes to cores")
 def test_cores_are_those_of_the_affinity():
     core = min(os.sched_getaffinity(0))
     command = [sys.executable, "-c", "from kure_lib.networks import device; print(device.cores())"]
