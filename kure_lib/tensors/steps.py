@@ -236,7 +236,8 @@ def best_step(
         float32 without dimensions, [C, 1, …, 1] per channel, or of x's own shape by blocks.
 
     Raises:
-        KureError: The rule is unknown, or the tensor is empty, all zero, or has infinite or NaN values.
+        KureError: The rule is unknown, the tensor is empty, all zero, or has infinite or NaN values, or it has fewer
+            than two dimensions and is to have several steps.
 
     >>> best_step(torch.linspace(-1, 1, 1001), bits=2).item()
     0.5...
@@ -246,6 +247,8 @@ def best_step(
     if scope != PER_TENSOR:
         if isinstance(x, EmpiricalDistribution):
             raise KureError(f"Steps {scope} are chosen for a tensor: an EmpiricalDistribution has lost its shape.")
+        if x.dim() < 2:
+            raise KureError(f"Steps {scope} need the channels of a tensor, and one of shape {tuple(x.shape)} has none.")
         if scope.size:
             return _block_steps(x, bits, grid, name, scope.size)
         return _channel_steps(x, bits, grid, rule).reshape(-1, *[1] * (x.dim() - 1))
@@ -259,12 +262,14 @@ def best_step(
 def distortion(x: Tensor | EmpiricalDistribution, bits: int, grid: Format = MID_RISE) -> float:
     """MSE(X, Δ̃)/Var X: what the step of least squared error leaves, in parts of the variance; float64.
 
-    Raises `KureError` as `best_step` does.
+    Raises `KureError` as `best_step` does, and for a tensor of equal values, which has no variance.
 
     >>> round(distortion(torch.linspace(-1, 1, 100_001), bits=4) * 4**4, 3)
     1.0
     """
     x = _as_distribution(x)
+    if x.values[0] == x.values[-1]:
+        raise KureError("The distortion of a tensor is in parts of its variance, and all values of this one are equal.")
     return mse_curve(x, best_step(x, bits, grid).item(), bits, grid).item() / x.variance
 
 

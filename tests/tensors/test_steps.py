@@ -1,6 +1,7 @@
 """Steps against brute force: every step for small tensors, hundreds for large ones, closed forms for known laws."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from kure_lib.tensors.grids import (
 )
 from kure_lib.tensors.quantizers import quantize
 from kure_lib.tensors.samples import LARGE, EmpiricalDistribution
-from kure_lib.tensors.steps import PER_CHANNEL, best_step, distortion, mse_curve, power_of_two
+from kure_lib.tensors.steps import PER_CHANNEL, best_step, distortion, mse_curve, per_block, power_of_two
 
 EVERY_GRID = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 
@@ -407,6 +408,19 @@ def test_powers_of_two_per_channel_stay_what_they_are():
 def test_a_tensor_without_a_step_is_an_error(x, said, method):
     with pytest.raises(KureError, match=said):
         best_step(x, 4, rule=method)
+
+
+@pytest.mark.parametrize("scope", [PER_CHANNEL, per_block(4)])
+@pytest.mark.parametrize("shape", [(), (12,)])
+def test_a_tensor_without_channels_has_no_steps_for_each(scope, shape):
+    with pytest.raises(KureError, match=rf"Steps {scope} need the channels .* shape {re.escape(str(shape))} has none"):
+        best_step(torch.ones(shape), 4, rule="max_abs", scope=scope)
+
+
+@pytest.mark.parametrize(("x", "said"), [(torch.full((10,), -2.0), "are equal"), (torch.zeros(0), "empty")])
+def test_what_has_no_variance_has_no_distortion(x, said):
+    with pytest.raises(KureError, match=said):
+        distortion(x, 4)
 
 
 @pytest.mark.parametrize(("grid", "bits", "sign"), [(UNSIGNED, 4, -1), (SIGNED_INT, 1, 1)])
