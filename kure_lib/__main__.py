@@ -188,11 +188,12 @@ def outcomes() -> dict[str, str]:
 
 
 def scoreboard(before: Mapping[str, str]) -> str:
-    """The verdicts under the ambient profile, one line a claim, then the totals and what has changed since `before`."""
+    """The verdicts under the ambient profile, a line for each claim tested, totals, and what changed since `before`."""
     from kure_lib.findings import verdicts
 
     board = verdicts.scoreboard()
-    rows = zip(board.id, board.outcome, board.statement, strict=True)
+    tested = board[board.outcome != "not tested"]
+    rows = zip(tested.id, tested.outcome, tested.statement, strict=True)
     lines = [f"{id:5}{outcome:12}{shorten(what, 92, placeholder=' …')}" for id, outcome, what in rows]
     totals = ", ".join(f"{count} {outcome}" for outcome, count in board.outcome.value_counts().items())
     lines.append(f"{len(board)} claims and questions: {totals}.")

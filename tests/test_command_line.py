@@ -130,6 +130,19 @@ def test_what_is_new_on_the_board_is_said(tmp_path, monkeypatch, capsys):
     assert said == [[], ["New since the last run: nothing."], [f"New since the last run: W1 {was} (was undecided)."]]
 
 
+def test_what_was_not_tested_is_counted_and_not_listed(results_folder):
+    committed = paths.ROOT / "results" / "study" / "verdicts" / "L1.json"
+    assert (
+        command_line.scoreboard({})
+        == f"{len(verdicts.claims())} claims and questions: {len(verdicts.claims())} not tested."
+    )
+    (results_folder / "verdicts").mkdir(parents=True)
+    shutil.copy(committed, results_folder / "verdicts")
+    first, *totals = command_line.scoreboard({}).splitlines()
+    assert first.startswith("L1 ") and verdicts.claims()["L1"].statement in first
+    assert len(totals) == 1 and f" {len(verdicts.claims()) - 1} not tested" in totals[0]
+
+
 def test_the_site_is_shown_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(driver, "run", lambda *arguments, **options: tmp_path / "index.html")

@@ -123,19 +123,20 @@ def style() -> None:
 def figure(fig: plt.Figure, name: str, data: pd.DataFrame, tolerance: float = files.RELATIVE_TOLERANCE) -> None:
     """Keep a figure as `figures/<name>.png` and the numbers it plots as `<name>.csv`, show it and close it.
 
-    What is shown is the very image that is kept. Check mode compares its numbers: pixels vary by machine.
-    `tolerance` is relative; widen it for what amplifies rounding, such as a long descent.
+    What is shown is the very image that is kept. Check mode compares its numbers and draws nothing anew: pixels vary by
+    machine. `tolerance` is relative; widen it for what amplifies rounding, such as a long descent.
     """
     file = paths.results() / "figures" / f"{name}.png"
     image = io.BytesIO()
-    fig.savefig(image, format="png", dpi=DPI, metadata={"Software": None})  # no version in it: stable bytes
+    if not paths.checking():
+        fig.savefig(image, format="png", dpi=DPI, metadata={"Software": None})  # no version in it: stable bytes
     plt.close(fig)
     files.keep(file.with_suffix(".csv"), _csv(data), tolerance)
     if not paths.checking():
         files.write_atomically(file, image.getvalue())
     elif not file.is_file():
         raise KureError(f"{file} is missing: run its notebook with KURE_CHECK unset and commit the file.")
-    display(Image(image.getvalue(), width=round(100 * fig.get_figwidth()), alt=name.replace("_", " ")))
+    kept(name)
 
 
 def kept(name: str) -> None:

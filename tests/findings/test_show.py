@@ -108,6 +108,17 @@ def test_check_mode_passes_on_equal_figures_and_writes_nothing(results_folder, c
     assert snapshot(results_folder) == before
 
 
+def test_check_mode_shows_the_committed_image(results_folder, checked, monkeypatch):
+    draw(curve())
+    committed = (results_folder / "figures/curve.png").read_bytes()
+    checked()
+    shown = []
+    monkeypatch.setattr(show, "display", shown.append)
+    monkeypatch.setattr(plt.Figure, "savefig", None)
+    draw(curve())
+    assert [image.data for image in shown] == [committed] and plt.get_fignums() == []
+
+
 def test_check_mode_detects_one_changed_number_of_a_figure(results_folder, checked):
     draw(curve())
     before = checked()
