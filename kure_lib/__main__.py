@@ -34,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; --help lists the options.\n")
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def arguments(words: list[str]) -> argparse.Namespace:
     """Parse the command line; a mistake ends the process with one sentence and exit code 2."""
     parser = _Parser(
         prog="./run_all.sh",
@@ -63,7 +63,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
                          "results are committed: results/study/evaluations.csv and MANIFEST.sha256")  # fmt: skip
     instead.add_argument("--lab", nargs="?", const="", metavar="NN", help="open JupyterLab on the notebooks, or on one "
                          "of them; options after -- are for JupyterLab, as in --lab 05 -- --no-browser")  # fmt: skip
-    words = sys.argv[1:] if argv is None else argv
     end = words.index("--") if "--" in words else len(words)
     asked = parser.parse_args(words[:end], argparse.Namespace(options=words[end + 1 :]))
     if asked.options and asked.lab is None:
@@ -136,7 +135,7 @@ def _run(asked: argparse.Namespace) -> int:
             from kure_lib.study import evaluations, manifest
 
             evaluations.write("study")
-            changed = manifest.write(paths.RESULTS / "study")
+            changed = manifest.write(paths.all_results() / "study")
             print(
                 "\n".join([*changed, f"{len(changed)} files are new, changed or gone: commit the manifest with them."])
             )

@@ -39,7 +39,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises `KureError` naming the file if the disk is full or the folder cannot be written to.
     """
-    path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +83,6 @@ def keep(path: Path, text: str, tolerance: float = RELATIVE_TOLERANCE) -> None:
     Numbers may differ by `tolerance` of their size or, near zero, by its square; everything else must be equal.
     Raises `KureError` naming the file, and the row and column in which it first differs.
     """
-    path = Path(path)
     if not checking():
         write_atomically(path, text)
         return

@@ -93,7 +93,7 @@ def execute(
     if not source.is_file():
         raise KureError(f"There is no notebook {stem!r}: choose from {', '.join(available())}.")
     changes = _changes(source, {"profile": profile, **(parameters or {})})
-    results = paths.RESULTS / profile
+    results = paths.all_results() / profile
     partial = results / "notebooks" / f"{stem}.partial.ipynb"
     files.make_folder(partial.parent)
     with FileLock(partial.with_suffix(".lock")):  # a second copy of the study waits for its turn

@@ -24,7 +24,6 @@ from kure_lib.training.configs import RunConfig
 
 COMMITTED = paths.ROOT / "results" / "study" / "records"  # tell how long an epoch takes
 WIDTH = 100  # columns of a terminal, at most
-TRAINING_IMAGES = {name: source.training_images for name, source in SOURCES.items()}
 
 
 class Time(NamedTuple):
@@ -180,4 +179,4 @@ def _kind(config: RunConfig, precision: str) -> tuple[Any, ...]:
 
 
 def _images(config: RunConfig) -> int:
-    return config.train_size or TRAINING_IMAGES[config.data] - config.held_out
+    return config.train_size or SOURCES[config.data].training_images - config.held_out

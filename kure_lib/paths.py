@@ -55,11 +55,9 @@ def check_known(kind: str, value: object, known: Iterable) -> None:
         raise KureError(f"Unknown {kind} {value!r}: choose one of {', '.join(map(str, known))}.")
 
 
-def __getattr__(name: str) -> Path:
-    """`RESULTS`, the folder of all profiles, follows `KURE_RESULTS` (if relative, from `ROOT`)."""
-    if name == "RESULTS":
-        return ROOT / (os.environ.get("KURE_RESULTS") or "results")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def all_results() -> Path:
+    """The folder of the results of all profiles; it follows `KURE_RESULTS` (if relative, from `ROOT`)."""
+    return ROOT / (os.environ.get("KURE_RESULTS") or "results")
 
 
 def use_profile(name: str) -> None:
@@ -94,7 +92,7 @@ def _plain(name: str) -> str:
 
 def results() -> Path:
     """The folder of the ambient profile's results; it need not exist yet."""
-    return __getattr__("RESULTS") / profile()
+    return all_results() / profile()
 
 
 def cache() -> Path:

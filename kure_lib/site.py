@@ -181,7 +181,7 @@ def _introduction() -> str:
 def _findings(pages: dict[str, str]) -> str:
     """What was found, where the verdicts of this profile are those that the sentences suppose."""
     try:
-        found = answer.markdown("notebooks/")
+        found = answer.markdown()
     except KureError:
         return ""
     return found if set(re.findall(r"notebooks/(\w+)", found)) <= set(pages) else ""

@@ -30,7 +30,7 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, 
     return fmean(values), float(half_width)
 
 
-def paired_interval(a: Iterable[float], b: Iterable[float], level: float = 0.95) -> tuple[float, float]:
+def paired_interval(a: Iterable[float], b: Iterable[float]) -> tuple[float, float]:
     """Mean and half-width of the differences a − b of runs paired by seed.
 
     Raises `KureError` if the two do not pair.
@@ -41,7 +41,7 @@ def paired_interval(a: Iterable[float], b: Iterable[float], level: float = 0.95)
     a, b = list(a), list(b)
     if len(a) != len(b):
         raise KureError(f"Cannot pair {len(a)} values with {len(b)}: give one a seed, in the same order.")
-    return mean_interval([x - y for x, y in zip(a, b, strict=True)], level)
+    return mean_interval([x - y for x, y in zip(a, b, strict=True)])
 
 
 def format_interval(values: Iterable[float], digits: int = 1, sign: bool = False) -> str:

@@ -8,8 +8,8 @@ import json
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -330,16 +330,13 @@ def means(id: str) -> pd.Series:
     return effects.groupby("setting", sort=False).effect.mean()
 
 
-@contextmanager
-def _alone(id: str) -> Iterator[None]:
+def _alone(id: str) -> AbstractContextManager:
     """Two notebooks that judge one claim may be executed at the same time; in check mode nothing is written."""
     if paths.checking():
-        yield
-        return
+        return nullcontext()
     lock = paths.results() / "checkpoints" / f"verdict-{id}.lock"
     files.make_folder(lock.parent)
-    with FileLock(lock):
-        yield
+    return FileLock(lock)
 
 
 def _file(id: str) -> Path:

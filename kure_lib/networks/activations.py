@@ -7,7 +7,8 @@ the second use of `layer1.0.relu` in a forward pass.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -45,26 +46,20 @@ def replaced(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Iter
     it did before.
     """
     uses: Counter[str] = Counter()
-    handles = [model.register_forward_pre_hook(lambda *_: uses.clear())]
     relus = rectified(model)
 
-    def hook_for(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor | None = None) -> Tensor:
-            site = f"{name}:{uses[name]}"
-            uses[name] += 1
-            return replace(site, inputs[0] if output is None else output)
+    def hook(name: str, module: nn.Module, inputs: tuple, output: Tensor | None = None) -> Tensor:
+        site = f"{name}:{uses[name]}"
+        uses[name] += 1
+        return replace(site, inputs[0] if output is None else output)
 
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, RELUS if relus else QUANTIZABLE):
-            watch = module.register_forward_hook if relus else module.register_forward_pre_hook
-            handles.append(watch(hook_for(name)))
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(model.register_forward_pre_hook(lambda *_: uses.clear()))
+        for name, module in model.named_modules():
+            if isinstance(module, RELUS if relus else QUANTIZABLE):
+                watch = module.register_forward_hook if relus else module.register_forward_pre_hook
+                stack.enter_context(watch(partial(hook, name)))
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

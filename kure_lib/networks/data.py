@@ -100,9 +100,6 @@ class TensorSplit:
             self._copies[place] = self.images.to(place), self.labels.to(place)
         return self._copies[place]
 
-    def steps_per_epoch(self, size: int) -> int:
-        return max(len(self) // size, 1)
-
 
 def augment(images: Tensor, generator: torch.Generator, shift: int = SHIFT) -> Tensor:
     """Each image of a batch [B, C, H, W] flipped left to right or not and moved by up to `shift` pixels, all at once.
@@ -137,21 +134,6 @@ class FolderSplit:
     channels = 3
     mean = 255 * torch.tensor([0.485, 0.456, 0.406])[None, :, None, None]  # those of torchvision's networks
     std = 255 * torch.tensor([0.229, 0.224, 0.225])[None, :, None, None]
-
-    @classmethod
-    def of(cls, folder: Path) -> "FolderSplit":
-        """All images of a folder; `KureError` if it is missing or has no classes."""
-        if not folder.is_dir():
-            raise KureError(f"There is no ImageNet split at {folder}: set KURE_IMAGENET to the folder that "
-                            "holds train/ and val/, each with one folder a class.")  # fmt: skip
-        from torchvision import datasets
-
-        try:
-            found = datasets.ImageFolder(folder)
-        except FileNotFoundError as error:
-            raise KureError(f"{folder} does not hold images in one folder a class ({error}).") from error
-        order = pictures.interleaved(found.targets)
-        return cls(folder, tuple(found.samples[i] for i in order), len(found.classes))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -205,9 +187,6 @@ class FolderSplit:
         paths, labels = [Path(path) for path, _ in self.samples], [label for _, label in self.samples]
         images = pictures.decoded(self.folder.name, paths, labels, CROP, _middle)
         return TensorSplit(images, torch.tensor(labels), self.classes, self.mean, self.std)
-
-    def steps_per_epoch(self, size: int) -> int:
-        return max(len(self) // size, 1)
 
 
 def _own(batch: Any, part: Part) -> Any:
@@ -345,7 +324,18 @@ def _imagenet(train: bool) -> FolderSplit:
 
 @cache
 def _read_folder(folder: Path) -> FolderSplit:
-    return FolderSplit.of(folder)
+    """All images of a folder; `KureError` if it is missing or has no classes."""
+    if not folder.is_dir():
+        raise KureError(f"There is no ImageNet split at {folder}: set KURE_IMAGENET to the folder that holds train/ "
+                        "and val/, each with one folder a class.")  # fmt: skip
+    from torchvision import datasets
+
+    try:
+        found = datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise KureError(f"{folder} does not hold images in one folder a class ({error}).") from error
+    order = pictures.interleaved(found.targets)
+    return FolderSplit(folder, tuple(found.samples[i] for i in order), len(found.classes))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,12 +71,8 @@ def places(jobs: int) -> list[dict[str, str]]:
 
 def _named_gpus() -> list[str]:
     """What `CUDA_VISIBLE_DEVICES` names, up to the first that is no name, such as -1: there CUDA stops reading."""
-    named = []
-    for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
-        if not re.match(r"\d+$|GPU-|MIG-", name.strip()):
-            break
-        named.append(name.strip())
-    return named
+    names = map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    return list(takewhile(re.compile(r"\d+$|GPU-|MIG-").match, names))
 
 
 def cores() -> int:
@@ -128,17 +125,17 @@ def _of_machine() -> Literal["float32", "bfloat16"]:
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # not that of a V100 or T4
         return "bfloat16" if native else "float32"
     native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if native and _product_speedup(torch.bfloat16) > CLEARLY else "float32"
+    return "bfloat16" if native and _product_speedup() > CLEARLY else "float32"
 
 
-def _product_speedup(dtype: torch.dtype, size: int = 512, rounds: int = 5) -> float:
-    """The speed of a matrix product relative to float32; some processors have slow bfloat16 units."""
+def _product_speedup() -> float:
+    """The speed of a matrix product in bfloat16 relative to float32; some processors have slow bfloat16 units."""
 
     def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(size, size, dtype=dtype)
-        return min(timeit.repeat(lambda: a @ a, number=2, repeat=rounds))
+        a = torch.ones(512, 512, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ a, number=2, repeat=5))
 
-    return seconds(torch.float32) / seconds(dtype)
+    return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
 def autocast() -> torch.autocast:

@@ -77,8 +77,8 @@ def mobilenet_v2_050(channels: int, classes: int) -> nn.Module:
     stem = model.features[0][0]
     model.features[0][0] = nn.Conv2d(channels, stem.out_channels, 3, stride=2, padding=1, bias=False)
     nn.init.kaiming_normal_(model.features[0][0].weight, mode="fan_out")
-    depthwise = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
-    [m for m in depthwise.values() if m.stride == (2, 2)][-1].stride = (1, 1)
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    [m for m in depthwise if m.stride == (2, 2)][-1].stride = (1, 1)
     return _with_fast_kernels(model)
 
 

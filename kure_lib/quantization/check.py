@@ -116,7 +116,7 @@ def check(model: nn.Module, bits: Iterable[int] = BITS, grid: Format = MID_RISE)
     return _check(weights, set(regularized_layers(model)), bits, grid)
 
 
-def check_file(path: Path, bits: Iterable[int] = BITS, grid: Format = MID_RISE) -> Check:
+def check_file(path: Path) -> Check:
     """`check` for the weights in a safetensors file: every floating-point tensor with at least two dimensions.
 
     Which layers are convolutions such a file does not say, so none counts as regularized.
@@ -136,7 +136,7 @@ def check_file(path: Path, bits: Iterable[int] = BITS, grid: Format = MID_RISE) 
     except (SafetensorError, ValueError, KeyError) as error:
         raise KureError(f"{path} is no safetensors file ({in_words(error)}): name one.") from None
     chosen = [name for name, w in tensors.items() if w.is_floating_point() and w.dim() > 1 and w.numel() >= SMALLEST]
-    return _check({name: tensors[name] for name in sorted(chosen, key=_numbers_by_value)}, set(), bits, grid)
+    return _check({name: tensors[name] for name in sorted(chosen, key=_numbers_by_value)}, set(), BITS, MID_RISE)
 
 
 def _numbers_by_value(name: str) -> list[tuple[int, str]]:
@@ -152,7 +152,7 @@ def _check(weights: Mapping[str, Tensor], regularized: set[str], bits: Iterable[
         weight = weight.detach().float().cpu()
         try:
             sample = EmpiricalDistribution(weight)
-            errors = {b: mse_curve(sample, best_step(weight, b, grid), b, grid).item() for b in bits}
+            errors = {b: mse_curve(sample, best_step(sample, b, grid), b, grid).item() for b in bits}
             value = kurtosis(weight).item()
         except KureError as error:
             raise KureError(f"Layer '{name}' cannot be looked at: {error}") from None

@@ -143,8 +143,14 @@ class Plan:
         }
 
     def sweep(self, part: str) -> "Plan":
-        """A swept part with the main runs of the same networks and seeds, in order of network, arm, K_T, λ and seed."""
-        swept = {(run.model, run.seed) for run in self.select(part=part)}
+        """A swept part with the main runs of the same networks and seeds, in order of network, arm, K_T, λ and seed.
+
+        Raises `KureError` unless the arms of the part are among those of `ARMS`.
+        """
+        runs = self.select(part=part)
+        for run in runs:
+            check_known("arm of a sweep", run.arm, ARMS)
+        swept = {(run.model, run.seed) for run in runs}
         chosen = [run for run in self.runs if run.part in ("main", part) and (run.model, run.seed) in swept]
 
         def place(run: Planned) -> tuple:
@@ -203,13 +209,13 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
         config = RunConfig(model=recipe.model, seed=seed, replicas=gpus_per_run(), **settings, **more)
         return Planned(recipe.model, arm, part, config)
 
+    def two_arms(part: str, settings: dict, start: RunConfig) -> list[Planned]:
+        control = planned("control", part, settings, start=start)
+        return [control, planned("kure", part, settings, start=start, regularizer=KURE)]
+
     def main_arms(part: str, pretraining: dict) -> list[Planned]:
         first = planned("pretrained", part, pretraining)
-        return [
-            first,
-            planned("control", part, recipe.fine_tuning, start=first.config),
-            planned("kure", part, recipe.fine_tuning, start=first.config, regularizer=KURE),
-        ]
+        return [first, *two_arms(part, recipe.fine_tuning, first.config)]
 
     if seed >= recipe.seeds:
         return []
@@ -223,8 +229,7 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
         result.append(planned("kure", "coefficient", recipe.fine_tuning, **start, regularizer=kure))
     for quantizer in (name for name, seeds in recipe.quantizers if seed < seeds):
         settings = recipe.fine_tuning | recipe.quantized_tuning | {"quantization": QatConfig.named(quantizer)}
-        result.append(planned("control", "qat", settings, **start))
-        result.append(planned("kure", "qat", settings, **start, regularizer=KURE))
+        result += two_arms("qat", settings, **start)
     if seed < recipe.activation_seeds:
         result.append(planned("activations", "activations", recipe.fine_tuning, **start, regularizer=ACTIVATION_KURE))
     if seed < recipe.scratch_seeds:
@@ -238,9 +243,7 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
                 result.append(run)
     if seed < recipe.schedule_seeds:
         for schedule in recipe.schedules:
-            settings = recipe.fine_tuning | schedule
-            result.append(planned("control", "schedules", settings, **start))
-            result.append(planned("kure", "schedules", settings, **start, regularizer=KURE))
+            result += two_arms("schedules", recipe.fine_tuning | schedule, **start)
     if seed < recipe.length_seeds:
         for epochs in recipe.lengths:
             result += main_arms("lengths", recipe.pretraining | {"epochs": epochs})

@@ -1,7 +1,7 @@
 """What a profile trains, and how its notebooks are executed: the design of the experiment, as data."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 DECAYS = (1, 5, 25)  # times the weight decay of the recipe
@@ -85,11 +85,8 @@ SMALL_TRANSFORMER = Recipe(
 
 def _with(recipe: Recipe, pretraining: dict | None = None, fine_tuning: dict | None = None, **changes: Any) -> Recipe:
     """The recipe with some settings of its two stages, and some fields, replaced."""
-    return Recipe(**{
-        **vars(recipe), **changes,
-        "pretraining": {**recipe.pretraining, **(pretraining or {})},
-        "fine_tuning": {**recipe.fine_tuning, **(fine_tuning or {})},
-    })  # fmt: skip
+    pretraining = recipe.pretraining | (pretraining or {})
+    return replace(recipe, pretraining=pretraining, fine_tuning=recipe.fine_tuning | (fine_tuning or {}), **changes)
 
 
 def _imagenet(model: str, batch_size: int, epochs: int, **sweeps: Any) -> Recipe:
@@ -150,7 +147,7 @@ SCHEDULES = (
     {"learning_rate": 0.02, "decay_every": 2},  # a tenth in the second half
 )
 
-TINY = {"train_size": 512, "epochs": 2}
+TINY = {"train_size": 512, "test_size": 128, "epochs": 2}
 FEW = {"test_size": 2000}  # images that a quick look is tested on: 90 % are known to ± 1.3 points
 GROUP_NORM: dict[str, Any] = {"model": "resnet20_group_norm", "part": "group_norm"}
 SWEEP: dict[str, Any] = {"targets": (1.4, 1.6, 2.4, 3.0, 4.0, 6.0), "coefficients": (0.01, 0.1, 0.3, 3.0)}
@@ -170,12 +167,12 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_MOBILENET, {"epochs": 3, **FEW}, {"epochs": 4, **FEW}),
     ),
     "study": (
-        _with(SMALL_RESNET, seeds=5, target_seeds=5, coefficient_seeds=3, scratch_seeds=1, activation_seeds=3, **SWEEP,
+        _with(SMALL_RESNET, seeds=5, target_seeds=5, coefficient_seeds=3, scratch_seeds=1, activation_seeds=5, **SWEEP,
               contenders=CONTENDERS, rival_seeds=5, held_out=10_000, schedules=SCHEDULES, schedule_seeds=2,
               lengths=(60,), length_seeds=4,
               quantizers=(("dorefa 4/4", 5), ("lsq 4/4", 5), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),
                           ("dorefa 6/6", 1), ("lsq 4/8", 1), ("lsq 6/6", 1))),
-        _with(SMALL_MOBILENET, seeds=3, coefficients=SWEEP["coefficients"], lengths=(24,), length_seeds=3,
+        _with(SMALL_MOBILENET, seeds=5, coefficients=SWEEP["coefficients"], lengths=(24,), length_seeds=3,
               contenders=ONCE_DIFFERENTIABLE, rival_seeds=1,
               quantizers=(("dorefa 4/8", 1), ("lsq 4/8", 1))),
         _with(SMALL_RESNET, {"learning_rate": 0.1}, seeds=3, **GROUP_NORM),  # at 0.2 its training is unstable
@@ -202,23 +199,16 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "07": {"settings": "3/FP", "calibration": 32, "search": 30, "repeats": 1},
         "09": {"points": 3, "calibration": 32, "search": 30},
         "11": {"rows": 128},
-        "12": {"seeds": [1], "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32, "search": 30},
+        "12": {"networks": 1, "bits": [4, 2], "ratios": [0.8, 1.0], "searched": [3], "calibration": 32, "search": 30},
         "13": {"settings": "3/FP", "calibration": 32, "search": 30},
-        "14": {"seeds": [1], "bits": [4, 2], "images": 500},
+        "14": {"networks": 1, "bits": [4, 2], "images": 500},
         "15": {"weight_bits": [3], "calibration": 32, "search": 30},
         "16": {"images": 32, "shown": 200},
         "17": {"bits_shown": [3, 2]},
-        "18": {"seeds": [0], "bits_shown": [3, 2], "calibration": 32, "search": 30, "iterations": 20},
+        "18": {"bits_shown": [3, 2], "calibration": 32, "search": 30, "iterations": 20},
         "19": {"images": 32},
-        "20": {
-            "seeds": [[0]],
-            "bits_shown": [[3]],
-            "bits_stored": [4],
-            "rates": [1.0e-3],
-            "accumulators": [11],
-            "calibration": 32,
-        },
-        "21": {"seeds": [1, 1], "bits_shown": [[3], [6]]},
+        "20": {"bits_shown": [[3]], "bits_stored": [4], "rates": [1.0e-3], "accumulators": [11], "calibration": 32},
+        "21": {"bits_shown": [[3], [6]]},
         "22": {"bits_shown": [3], "calibration": 32, "search": 30},
         "23": {"bits_shown": ["3/FP", "3/8"], "calibration": 32, "search": 30},
     },
@@ -230,7 +220,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "07": {"settings": "3/FP 4/4", "calibration": 64, "search": 100, "repeats": 0},
         "09": {"calibration": 64, "search": 100},
         "12": {
-            "seeds": [1],
+            "networks": 1,
             "bits": [4, 2],
             "ratios": [0.8, 1.0, 1.2],
             "searched": [3],
@@ -238,28 +228,25 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
             "search": 100,
         },
         "13": {"settings": "3/FP 4/4", "calibration": 64, "search": 100},
-        "14": {"seeds": [1], "bits": [4, 2], "images": 2000},
+        "14": {"networks": 1, "bits": [4, 2], "images": 2000},
         "15": {"weight_bits": [3], "calibration": 64, "search": 100},
-        "18": {"seeds": [0], "calibration": 64, "search": 100, "iterations": 200},
-        "20": {"seeds": [[0]], "bits_shown": [[3, 2]], "rates": [1.0e-4, 1.0e-3], "calibration": 64},
-        "21": {"seeds": [1, 1]},
+        "18": {"calibration": 64, "search": 100, "iterations": 200},
+        "20": {"bits_shown": [[3, 2]], "rates": [1.0e-4, 1.0e-3], "calibration": 64},
     },
     "imagenet": {
         "02": {"alone": [3]},
-        "12": {"seeds": [1, 1, 1]},
-        "14": {"seeds": [1, 1, 1]},
+        "12": {"networks": 3},
+        "14": {"networks": 3},
         "16": {"images": 8},
-        "18": {"seeds": [0]},
         "19": {"images": 8},
         "20": {
-            "seeds": [[0]] * 3,
             "pipelines": [["plain"]] * 3,
             "bits_shown": [[4]] * 3,
             "bits_stored": [4],
             "rates": [1.0e-4],
             "accumulators": [14],
         },
-        "21": {"seeds": [1, 1, 1], "bits_shown": [[4, 3], [4, 3], [8, 6, 4]]},
+        "21": {"bits_shown": [[4, 3], [4, 3], [8, 6, 4]]},
     },
 }
 

@@ -97,10 +97,6 @@ class Record(Frozen):
         """The mean over the regularized layers, as in L_K."""
         return float(np.mean([layer.kurtosis for layer in self.layers if layer.regularized]))
 
-    @property
-    def seconds(self) -> float:
-        return sum(self.curves.get("seconds", []))
-
     @cached_property
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained parameters and buffers in float32; `KureError` if their file is missing or damaged."""

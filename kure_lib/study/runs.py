@@ -21,7 +21,7 @@ from kure_lib.files import write_atomically
 from kure_lib.networks import data, device, evaluation
 from kure_lib.networks.evaluation import Evaluation
 from kure_lib.networks.layers import quantized_layers, regularized_layers
-from kure_lib.paths import KureError, checking, in_words, say
+from kure_lib.paths import KureError, checking, in_words
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import views
 from kure_lib.study.records import (
@@ -108,12 +108,8 @@ def inputs(config: RunConfig) -> tuple[bytes | None, bytes | None]:
         first = get(config.start)
         first.check_data()
         start = safetensors.torch.save(first.weights)
-    if checkpoint.exists():
-        try:
-            loop.read_checkpoint(checkpoint, config)
-            saved = checkpoint.read_bytes()
-        except KureError as error:
-            say(f"{error}: it is left aside, and the run starts again from its first epoch.")
+    if loop.read_checkpoint(checkpoint, config):
+        saved = checkpoint.read_bytes()
     return start, saved
 
 

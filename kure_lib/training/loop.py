@@ -100,7 +100,7 @@ def _fit(
     images, _ = next(train.head(config.batch_size).batches(config.batch_size, place=device.device()))
     method = methods.build(model, config, images)
     optimizer = _optimizer(config, model, method)
-    schedule = _schedule(config, optimizer, train.steps_per_epoch(config.batch_size))
+    schedule = _schedule(config, optimizer, max(len(train) // config.batch_size, 1))
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, **method.state()}
     kept = method.average.module if method.average else model
     with device.single_thread(), method.view():
@@ -250,11 +250,14 @@ def _save(checkpoint: Path | None, config: RunConfig, finished: int, state: dict
     write_atomically(checkpoint, hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
 
 
-def read_checkpoint(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
+def read_checkpoint(checkpoint: Path | None, config: RunConfig) -> dict[str, Any] | None:
     """What a checkpoint holds: `epoch`, the number of finished ones, `history`, and the parts of the state by name.
 
-    Raises `KureError` if it is damaged or that of another run.
+    None if there is none; one that is damaged or of another run is named on stderr and left aside, which costs time and
+    changes no result.
     """
+    if checkpoint is None or not checkpoint.exists():
+        return None
     try:
         sealed = checkpoint.read_bytes()
         digest, content = sealed[:32], sealed[32:]
@@ -268,22 +271,16 @@ def read_checkpoint(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
             raise ValueError(f"it cannot have finished {saved['epoch']} of {config.epochs} epochs")
         return saved | {"history": history}
     except Exception as error:  # the unpickler has no common class of errors
-        raise KureError(f"The checkpoint {checkpoint} of {config.label} cannot be used ({in_words(error)})") from error
+        if replicas.part()[0] == 0:
+            say(f"The checkpoint {checkpoint} of {config.label} cannot be used ({in_words(error)}): it is left aside, "
+                "and the run starts again from its first epoch.")  # fmt: skip
+        return None
 
 
 def _resume(checkpoint: Path | None, config: RunConfig, state: dict[str, Any]) -> tuple[int, Trained]:
-    """Load the state kept after the last finished epoch; the number of epochs and the curves until then.
-
-    Of a checkpoint that is damaged or of another run nothing is used: it is named, and the run begins anew, which costs
-    time and changes no result.
-    """
-    if checkpoint is None or not checkpoint.exists():
-        return 0, Trained()
-    try:
-        saved = read_checkpoint(checkpoint, config)
-    except KureError as error:
-        if replicas.part()[0] == 0:
-            say(f"{error}: it is left aside, and the run starts again from its first epoch.")
+    """Load the state kept after the last finished epoch; the number of epochs and the curves until then."""
+    saved = read_checkpoint(checkpoint, config)
+    if saved is None:
         return 0, Trained()
     try:
         for name, part in state.items():

@@ -14,10 +14,6 @@ from kure_lib.training.rivals import RIVALS
 Build = Callable[[nn.Module, Any, Tensor], TrainingMethod]  # from a network, the method's settings and some images
 
 
-def _rival(name: str) -> Build:
-    return lambda model, rival, _: RIVALS[name](model, rival.strength)
-
-
 #: Training methods by name, each made for a network by its settings.
 METHODS: dict[str, Build] = {
     "kure": lambda model, kure, _: KurtosisRegularizer(model, **kure.model_dump(exclude={"of"})),
@@ -26,7 +22,7 @@ METHODS: dict[str, Build] = {
     ),
     "dorefa": QuantizationAwareTraining,
     "lsq": QuantizationAwareTraining,
-    **{name: _rival(name) for name in RIVALS},
+    **dict.fromkeys(RIVALS, lambda model, rival, _: RIVALS[rival.name](model, rival.strength)),
 }
 
 

@@ -79,6 +79,6 @@ def pytest_terminal_summary(terminalreporter, exitstatus: int, config: pytest.Co
                 terminalreporter.write("not kept: only a whole table of a run with nothing failed is\n")
                 continue
             stem = slug(about) if name == "benchmarks" else f"{slug(about)}-{name}"
-            save(paths.RESULTS / "benchmarks" / stem, table.content(), table.markdown())
+            save(paths.all_results() / "benchmarks" / stem, table.content(), table.markdown())
             shown = update_page(paths.ROOT / "docs" / "speed.md", name, table.markdown())
             terminalreporter.write(f"kept in results/benchmarks/{stem}.md{' and in docs/speed.md' * shown}\n")

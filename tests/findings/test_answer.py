@@ -24,7 +24,7 @@ def copied(tmp_path, monkeypatch):
 
 
 def test_the_numbers_are_those_of_the_results(copied):
-    lines = answer.markdown("notebooks/").splitlines()
+    lines = answer.markdown().splitlines()
     gains = pd.read_csv(copied / "figures" / "gain_by_pipeline.csv")
     plain = gains.query("model == 'resnet20' and setting == '2/FP' and steps == 'plain'").gain
     assert len(lines) == 9 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
@@ -90,7 +90,7 @@ def test_a_sentence_about_another_verdict_is_refused(copied):
     file = copied / "verdicts" / "K1.json"
     file.write_text(file.read_text("utf-8").replace('"outcome": "holds"', '"outcome": "mixed"'), "utf-8")
     with pytest.raises(KureError, match="supposes that K1 ends in 'holds', and it ends in 'mixed'"):
-        answer.markdown("notebooks/")
+        answer.markdown()
 
 
 def test_a_readme_changes_between_its_markers_only(copied, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_readme_changes_between_its_markers_only(copied, monkeypatch):
     readme.write_text(frame(answer.FINDINGS, "old", answer.BOARD, "old"), "utf-8")
     answer.update_readme(readme)
     board = verdicts.scoreboard_markdown(folded=True)
-    wanted = frame(answer.FINDINGS, answer.markdown("notebooks/"), answer.BOARD, board)
+    wanted = frame(answer.FINDINGS, answer.markdown(), answer.BOARD, board)
     assert readme.read_text("utf-8") == wanted
     monkeypatch.setenv("KURE_CHECK", "1")
     answer.update_readme(readme)

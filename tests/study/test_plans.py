@@ -25,8 +25,8 @@ def test_the_profiles_have_the_runs_of_the_design():
     assert counts == {
         "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2 + 3 + 3 + 3,
         "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 5 * 6 + 3 * 4 + 2 * (2 * 5 + 6) + 3 + 1)
-        + (3 * 3 + 4 + 2 * 2 + 9)
+        "study": (5 * 3 + 5 * 6 + 3 * 4 + 2 * (2 * 5 + 6) + 5 + 1)
+        + (5 * 3 + 4 + 2 * 2 + 9)
         + rivals
         + 3 * 3
         + (3 * 3 + 2 * 3)
@@ -36,10 +36,10 @@ def test_the_profiles_have_the_runs_of_the_design():
         "large": (3 * 3 + 4 + 2 * 2 * 3 + 3 * 3) + 3 * 3,
     }
     main = {arm: len(plan("study").select(arm=arm, part="main")) for arm in ("pretrained", "control", "kure")}
-    assert main == {"pretrained": 8, "control": 8, "kure": 8}
+    assert main == {"pretrained": 10, "control": 10, "kure": 10}
     assert plan("study").models == ["resnet20", "mobilenet_v2_050"]
     assert {run.seed for run in plan("study").select(model="resnet20")} == set(range(5))
-    assert {run.seed for run in plan("study").select(model="mobilenet_v2_050")} == set(range(3))
+    assert {run.seed for run in plan("study").select(model="mobilenet_v2_050")} == set(range(5))
 
 
 @EVERY_PROFILE
@@ -195,6 +195,8 @@ def test_a_sweep_is_completed_by_the_main_runs_of_its_networks_and_seeds():
     assert sweep.models == ["resnet20"] and plan("study").sweep("coefficient").models == plan("study").models
     assert plan("quick").sweep("coefficient").models == ["resnet20"]
     assert plan("quick").sweep("scratch").runs == ()
+    with pytest.raises(KureError, match=r"Unknown arm of a sweep 'l2': choose one of pretrained, control, kure"):
+        plan("study").sweep("rivals")
 
 
 def test_notebooks_name_the_runs_they_need():
