@@ -226,11 +226,10 @@ def lab(notebook: str, options: Sequence[str]) -> NoReturn:
 def test() -> bool:
     """Run every kind of test, later ones also after a failure; the last line printed sums up."""
     at_once = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")  # a file's tests stay together
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *at_once)
+    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *at_once, "--nbval", "--nbval-current-env")
     with tempfile.TemporaryDirectory() as results:
         outcomes = [
-            _part("unit tests", *pytest),
-            _part("notebooks", *pytest, "--nbval", "--nbval-current-env", "notebooks"),
+            _part("tests and notebooks", *pytest, "tests", "kure_lib", "notebooks"),
             _part("smoke study", "-m", "kure_lib", "--profile", "smoke", KURE_RESULTS=results),
         ]
     print("\n" + ", ".join(summary for _, summary in outcomes))

@@ -158,7 +158,7 @@ def test_a_failed_part_fails_the_tests_and_the_last_line_says_which(monkeypatch,
     monkeypatch.setattr(command_line, "_python", lambda *command, **variables: int("--nbval" in command))
     assert command_line.main(["--test"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "unit tests passed in 0 s, notebooks FAILED in 0 s, smoke study passed in 0 s"
+    assert last == "tests and notebooks FAILED in 0 s, smoke study passed in 0 s"
 
 
 # JupyterLab

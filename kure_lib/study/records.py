@@ -54,7 +54,7 @@ class LayerSummary(Frozen):
         mean = np.average(centers, weights=self.counts)
         return max(-self.low, self.high) / float(np.average((centers - mean) ** 2, weights=self.counts)) ** 0.5
 
-    def quantiles(self, count: int = 2**15) -> torch.Tensor:
+    def quantiles(self, count: int = 2**13) -> torch.Tensor:
         """As many values in ascending order, spread as the weights are and evenly within each bin: float64 of [count].
 
         Their distortion at 2 to 4 bits is that of the weights to within a few per cent.

@@ -3,7 +3,6 @@
 import numba
 import numpy as np
 
-IN_TURN = 32  # values a level up to which going through them is faster than a binary search for each level
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # lets sums be vectorized; NaNs and infinities stay what they are
 
 
@@ -74,21 +73,18 @@ def level_moments(
     level: np.ndarray,
     steps: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cell after cell for every step; `ranks` are the numbers of values below, where not all values are given."""
+    """Cell after cell for every step; `ranks` are the numbers of values below, where not all values are given.
+
+    Each cell ends close to where it did at the step before, and is looked for from there.
+    """
     product, square = np.empty(steps.size), np.empty(steps.size)
-    in_turn = values.size < IN_TURN * level.size
+    ends = np.full(level.size, values.size)  # the last cell has no end
     for s in range(steps.size):
         first, second, start = 0.0, 0.0, 0
         for k in range(level.size):
-            end = values.size
             if k < middle.size:
-                threshold = values.dtype.type(steps[s] * middle[k])
-                if in_turn:
-                    end = start
-                    while end < values.size and values[end] < threshold:
-                        end += 1
-                else:
-                    end = _first_from(values, start, threshold)
+                ends[k] = _first_from(values, values.dtype.type(steps[s] * middle[k]), ends[k])
+            end = ends[k]
             count = end - start if ranks is None else ranks[end] - ranks[start]
             first += level[k] * (sums[end] - sums[start])
             second += level[k] * level[k] * count
@@ -109,11 +105,23 @@ def row_moments(
 
 
 @numba.njit(cache=True)
-def _first_from(values, start, threshold):
-    """The first index from `start` on whose value is not below the threshold; without branches to mispredict."""
-    left = values.size - start
-    while left > 1:
-        half = left // 2
-        start += half * (values[start + half - 1] < threshold)
-        left -= half
-    return start + (left == 1 and values[start] < threshold)
+def _first_from(values, threshold, guess):
+    """The first index whose value is not below the threshold: strides from a guess double until it lies between two."""
+    low, high, stride = guess, guess, 1
+    if guess < values.size and values[guess] < threshold:
+        while low + stride <= values.size and values[low + stride - 1] < threshold:
+            low += stride
+            stride *= 2
+        high = min(low + stride - 1, values.size)
+    else:
+        while high >= stride and not values[high - stride] < threshold:
+            high -= stride
+            stride *= 2
+        low = max(high - stride + 1, 0)
+    while low < high:
+        half = (low + high) // 2
+        if values[half] < threshold:
+            low = half + 1
+        else:
+            high = half
+    return low

@@ -125,7 +125,10 @@ def lp_step(x: EmpiricalDistribution, bits: int, grid: Format, p: float = 2.0) -
     middle = (level[1:] + level[:-1]) / 2
 
     def error(step: float, values: np.ndarray = values) -> float:
-        nearest = level[np.searchsorted(middle, values / step)]
+        ends = np.searchsorted(values / step, middle, side="right")  # of the cells: values are in ascending order
+        counts = np.append(ends, values.size)
+        counts[1:] -= ends
+        nearest = np.repeat(level, counts)
         return float((np.abs(values - step * nearest) ** p).mean())
 
     widest = 2 * max_abs_step(x, bits, grid)

@@ -23,7 +23,7 @@ def test_the_profiles_have_the_runs_of_the_design():
     tuning = 1 + 2 * 3 + 5 * (3 + 2) + 2 * (4 + 2) + (5 + 2)
     rivals = 9 * 5 + 3 * 3 + 2 * 2 * 2 + tuning
     assert counts == {
-        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 12 + 2 + 3 + 3 + 3,
+        "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 5 + 2 + 3 + 3 + 3,
         "quick": (3 + 1 + 1 + 2) + 3,
         "study": (5 * 3 + 5 * 6 + 3 * 4 + 2 * (2 * 5 + 6) + 5 + 1)
         + (5 * 3 + 4 + 2 * 2 + 9)

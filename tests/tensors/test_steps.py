@@ -256,6 +256,17 @@ def test_a_channel_has_the_same_step_in_company_and_alone(grid, shape, monkeypat
             assert errors[0] == pytest.approx(errors[1].item(), rel=1e-5)
 
 
+few_numbers = st.floats(-2, 2, width=16)  # so few that many are equal
+
+
+@given(values=st.lists(few_numbers, min_size=1), threshold=few_numbers, guess=st.integers(0))
+def test_from_any_guess_a_cell_ends_where_numpy_finds_it(values, threshold, guess):
+    compiled = pytest.importorskip("kure_lib.tensors.compiled")
+    values, threshold = np.sort(np.array(values, np.float32)), np.float32(threshold)
+    found = compiled._first_from(values, threshold, guess % (values.size + 1))
+    assert found == np.searchsorted(values, threshold)
+
+
 def test_a_channel_without_a_step_is_refused_in_company():
     x = torch.randn(3, 30, generator=torch.Generator().manual_seed(8))
     with pytest.raises(KureError, match="zero everywhere"):
