@@ -301,6 +301,7 @@ def test_pytest_without_arguments_finds_all_tests_and_doctests_but_those_on_dema
     }
     doctests = {str(file.relative_to(ROOT)) for file in MODULES if "\n    >>> " in file.read_text(encoding="utf-8")}
     assert doctests and len(on_demand) > 1
+    assert request.config.getini("testpaths") == ["tests", "kure_lib"]  # ./run_all.sh --test names these folders
     if not collected >= tests - on_demand | doctests or collected & on_demand:  # this is not pytest without arguments
         said = run("pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
         assert said.returncode == 0, said.stdout
