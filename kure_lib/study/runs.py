@@ -219,14 +219,14 @@ def add(config: RunConfig, evaluations: Mapping[str, Evaluation]) -> None:
 def asking() -> Iterator[Missing]:
     """Within the block nothing is trained or evaluated: what is not on record is noted in what is yielded, and is NaN.
 
-    A run without a record has an empty one.
+    A run without a record has an empty one. In a block within a block, what is noted is that of the inner one.
     """
     global _asked
-    _asked = {}
+    outer, _asked = _asked, {}
     try:
         yield _asked
     finally:
-        _asked = None
+        _asked = outer
         _as_asked.cache_clear()
 
 

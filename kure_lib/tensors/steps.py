@@ -161,6 +161,7 @@ STEP_RULES: dict[str, Callable[..., float]] = {
     "mse": mse_step, "max_abs": max_abs_step, "percentile": percentile_step, "lp": lp_step, "aciq": aciq_step,
 }  # fmt: skip
 BLOCK_RULES = ("max_abs", "mx", "nvfp4")
+LARGEST_NORM = 16  # the hundredth power of a small error is below what float64 holds, and all steps look as good
 
 
 def _percent(text: str) -> float:
@@ -170,8 +171,8 @@ def _percent(text: str) -> float:
 
 
 def _norm(text: str) -> float:
-    if not 0 < (p := float(text)) < np.inf:
-        raise KureError(f"The norm p must be above zero and finite, not {p:g}.")
+    if not 0 < (p := float(text)) <= LARGEST_NORM:
+        raise KureError(f"The norm p must be above zero and at most {LARGEST_NORM}, not {p:g}.")
     return p
 
 

@@ -1,6 +1,7 @@
 """What is measured: each comparison's own side, its rivals, and the ratio that is wanted against each of them."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import ours
 import rivals
@@ -60,6 +61,7 @@ def _searching(prepare: Prepare) -> Side:
     return Side(prepare, (TIMED,), amount=TIMED / rivals.POINTS)
 
 
+@cache
 def comparisons() -> dict[str, Comparison]:
     """All by name, in the order of the table."""
     by_formula = "autograd of `(((w - w.mean()) / w.std()) ** 4).mean()`, 1 thread"

@@ -1,8 +1,5 @@
 """The look at the weights of a network, against SciPy and distributions that are known."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -99,10 +96,10 @@ def test_the_shell_reads_a_file_of_weights(network, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\0" * 40, b"{"])
-def test_a_file_that_is_none_is_one_sentence(tmp_path, content):
+def test_a_file_that_is_none_is_one_sentence(tmp_path, capsys, content):
     path = tmp_path / "weights.safetensors"
     if content is not None:
         path.write_bytes(content)
-    ended = subprocess.run([sys.executable, "-m", "kure_lib", "check", str(path)], capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stdout == ""
-    assert ended.stderr.startswith(f"Error: {path} ") and ended.stderr.count("\n") == 1
+    assert main(["check", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"Error: {path} ") and err.count("\n") == 1

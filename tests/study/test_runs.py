@@ -403,6 +403,15 @@ def test_what_is_asked_for_is_noted_and_neither_trained_nor_evaluated(files, con
         runs.evaluate(runs.get(config), five)
 
 
+def test_asking_within_asking_notes_its_own_and_leaves_the_outer_one_asking(config):
+    other = config.model_copy(update={"seed": 9})
+    with runs.asking() as outer:
+        with runs.asking() as inner:
+            runs.evaluate(runs.get(other), FOUR)
+        runs.evaluate(runs.get(other))
+    assert (inner, outer) == ({other: {FOUR.key: FOUR}}, {other: {runs.FULL_PRECISION.key: runs.FULL_PRECISION}})
+
+
 # Two processes
 
 HOLD = """

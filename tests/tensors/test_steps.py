@@ -352,6 +352,14 @@ def test_no_step_of_400_has_a_smaller_p_norm(grid, p):
     assert error(step) <= min(error(each) for each in tried) * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_the_largest_norm_is_found_in_small_tensors_too(bits):
+    torch.manual_seed(0)
+    x = torch.randn(2000)
+    step, small = (best_step(scale * x, bits, rule="lp:16").item() for scale in (1.0, 1e-12))
+    assert small == pytest.approx(1e-12 * step, rel=1e-3)
+
+
 def test_the_second_norm_is_the_mean_squared_error():
     torch.manual_seed(0)
     x = EmpiricalDistribution(torch.randn(50_000))
@@ -378,6 +386,7 @@ def test_a_percentile_clips_the_share_it_names():
         ("percentile:nan", "nan does not"),
         ("lp:0", "norm p .*not 0"),
         ("lp:-1", "not -1"),
+        ("lp:17", "at most 16, not 17"),
         ("lp:inf", "not inf"),
         ("lp:two", "lp:two"),
         ("mse:3", "stand alone"),
