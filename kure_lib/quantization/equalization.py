@@ -94,6 +94,10 @@ def equalized(model: nn.Module) -> nn.Module:
     if not found:
         raise KureError("There are no two convolutions in a row to equalize: fold the batch norms first, or leave "
                         "equalized out.")  # fmt: skip
+    for name in {name for pair in found for name in (pair.first, pair.second)}:
+        layer = model.get_submodule(name)
+        for key, value in list(layer.named_parameters()):  # another layer may share them
+            layer.register_parameter(key, nn.Parameter(value.clone()))
     total = {pair: torch.ones_like(ranges(model, pair)[0]) for pair in found}
     for _ in range(ROUNDS):
         furthest = 0.0

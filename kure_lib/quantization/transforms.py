@@ -83,12 +83,12 @@ def _rotate(name: str, layer: nn.Linear) -> None:
     def rotated(x: Tensor) -> Tensor:
         return (x.unflatten(-1, (-1, BLOCK)) @ rotation.to(x.dtype)).flatten(-2)
 
-    layer.weight.data = rotated(layer.weight.data)
+    layer.weight = nn.Parameter(rotated(layer.weight.detach()))  # one of its own: another layer may share the old one
     layer.register_forward_pre_hook(lambda _, inputs: rotated(inputs[0]))
 
 
 def _smooth(layer: nn.Linear, highest: Tensor) -> None:
     ranges = layer.weight.detach().abs().amax(0)
     scale = torch.where((highest > 0) & (ranges > 0), highest**MIGRATION / ranges ** (1 - MIGRATION), 1.0)
-    layer.weight.data = layer.weight.data * scale
+    layer.weight = nn.Parameter(layer.weight.detach() * scale)
     layer.register_forward_pre_hook(lambda _, inputs: inputs[0] / scale.to(inputs[0].dtype))

@@ -59,6 +59,18 @@ def test_an_equalized_network_computes_what_it_did(name, count):
         assert torch.allclose(*after, rtol=1e-4) and not torch.allclose(*before, rtol=0.1)
 
 
+def test_convolutions_that_share_their_weights_are_equalized_each_by_itself():
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    ).eval()  # fmt: skip
+    model[4].weight, model[4].bias = model[2].weight, model[2].bias
+    before = copy.deepcopy(model)
+    other = equalized(model)
+    assert distance(model, other, IMAGES) < 1e-5 and same_weights(model.state_dict(), before.state_dict())
+    assert all(torch.allclose(*ranges(other, pair), rtol=1e-4) for pair in pairs(model))
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.Identity])
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_the_ranges_of_a_chain_are_geometric_means(activation, groups):

@@ -43,6 +43,18 @@ def test_a_transformed_network_computes_what_it_did(network, kind):
 
 @pytest.mark.parametrize("kind", ["smoothed", "rotated"])
 @torch.no_grad()
+def test_layers_that_share_their_weights_are_transformed_each_by_itself(kind):
+    torch.manual_seed(0)
+    linear = [nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 3)]
+    linear[2].weight = linear[1].weight
+    model = nn.Sequential(*(module for layer in linear for module in (layer, nn.Tanh()))).eval()
+    wanted = model(IMAGES)
+    assert (transformed(model, kind, IMAGES)(IMAGES) - wanted).abs().max() < 1e-5
+    assert torch.equal(model(IMAGES), wanted)
+
+
+@pytest.mark.parametrize("kind", ["smoothed", "rotated"])
+@torch.no_grad()
 def test_a_transformed_transformer_computes_what_it_did(kind):
     torch.manual_seed(0)
     model, images = models.build("vit_small_images", 1, 10).eval(), torch.randn(8, 1, 28, 28)
