@@ -239,7 +239,7 @@ def _runs(recipe: Recipe, seed: int) -> list[Planned]:
         for contender in recipe.contenders:
             settings = _contending(recipe, contender, contender.strength, contender.decay)
             run = planned(contender.arm, "rivals", settings, **start)
-            if run.config not in there and seed < contender.seeds:
+            if run.config not in there:
                 result.append(run)
     if seed < recipe.schedule_seeds:
         for schedule in recipe.schedules:

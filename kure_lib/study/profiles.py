@@ -1,6 +1,5 @@
 """What a profile trains, and how its notebooks are executed: the design of the experiment, as data."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,8 +12,7 @@ class Contender:
     """An arm of the comparison with rivals: a `name` of `RivalConfig` or none, with `kure` or without.
 
     `strengths` were tried at the recipe's own weight decay, then `decays`, in multiples of it, at the best of them, on
-    images held out of training; `strength` and `decay` are what was best there, which notebook 09 checks. An arm whose
-    step costs several plain ones has at most so many `seeds`.
+    images held out of training; `strength` and `decay` are what was best there, which notebook 09 checks.
     """
 
     arm: str
@@ -24,7 +22,6 @@ class Contender:
     strengths: tuple[float, ...] = ()
     decays: tuple[float, ...] = DECAYS
     kure: bool = False
-    seeds: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -128,9 +125,9 @@ NATURAL = _tiny_imagenet("resnet18", part="natural", lengths=(6, 12), length_see
 
 CONTENDERS = (
     Contender("l2", decay=25),
-    Contender("gradient_l1", "gradient_l1", 1e-5, 25, strengths=(1e-5, 1e-4, 1e-3), seeds=3),
-    Contender("gradient_l1_own", "gradient_l1", 1e-5, decays=(), seeds=3),  # at the weight decay of the control
-    Contender("gradient_l1_strong", "gradient_l1", 1e-3, decays=(), seeds=3),
+    Contender("gradient_l1", "gradient_l1", 1e-5, 25, strengths=(1e-5, 1e-4, 1e-3)),
+    Contender("gradient_l1_own", "gradient_l1", 1e-5, decays=()),  # at the weight decay of the control
+    Contender("gradient_l1_strong", "gradient_l1", 1e-3, decays=()),
     Contender("range", "range", 1.0, strengths=(0.01, 0.1, 1.0, 10.0)),
     Contender("outliers", "outliers", 1e3, strengths=(1.0, 10.0, 100.0, 1e3, 1e4)),
     Contender("entropy", "entropy", 1.0, 25, strengths=(0.1, 1.0, 10.0)),

@@ -12,7 +12,7 @@ MIXED = {("resnet20", "coefficient"): 7, ("mobilenet_v2_050", "coefficient"): 4}
 
 #: Evaluations in bfloat16 of networks whose control was evaluated by an earlier version, as the same page admits.
 UNSAID = {
-    ("resnet20", "rivals", "bfloat16", None): 240,
+    ("resnet20", "rivals", "bfloat16", None): 252,
     ("resnet20", "target", "bfloat16", None): 72,
     ("resnet20", "activations", "bfloat16", None): 4,
 }
