@@ -228,7 +228,7 @@ PARAMETERS: dict[str, dict[str, dict[str, Any]]] = {
         "13": {"settings": "3/FP 4/4", "calibration": 64, "search": 50},
         "14": {"networks": 1, "bits": [4, 2], "images": 2000},
         "15": {"weight_bits": [3], "calibration": 64, "search": 50},
-        "18": {"calibration": 64, "search": 50, "iterations": 50},
+        "18": {"bits_shown": [3, 2], "calibration": 64, "search": 50, "iterations": 50},
         "20": {"bits_shown": [[3, 2]], "rates": [1.0e-3], "calibration": 64},
     },
     "imagenet": {

@@ -27,7 +27,7 @@ def test_the_numbers_are_those_of_the_results(copied):
     lines = answer.markdown().splitlines()
     gains = pd.read_csv(copied / "figures" / "gain_by_pipeline.csv")
     plain = gains.query("model == 'resnet20' and setting == '2/FP' and steps == 'plain'").gain
-    assert len(lines) == 9 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
+    assert len(lines) == 10 and f"gains {plain.sum() / len(plain):.1f} points with plain" in lines[1]
     rows = json.loads((copied / "verdicts" / "P4.json").read_text("utf-8"))["parts"]["22_longer_training"]["effects"]
     for steps, before in {"LAPQ": ", ", "practice": " and "}.items():
         longer = [row["effect"] for row in rows if row["setting"] == f"{steps}, w2"]
@@ -65,6 +65,20 @@ def test_the_numbers_are_those_of_the_results(copied):
     lost = (wide.full - wide["as trained"]).groupby([wide.model, wide.w_bits]).mean()
     means = back.groupby([wide.model, wide.w_bits]).mean()[lost >= 2]
     assert f"give back {means.min():.0f} to {means.max():.0f} % of the loss" in lines[5]
+    controls = everything[(everything.part == "main") & (everything.arm == "control")]
+    plainly = controls[
+        (controls.step_rule == "mse") & (controls.scope == "per tensor") & (controls.grid == "mid_rise")
+        & (controls.step_ratio == 1) & ~controls[changed].any(axis=1)
+        & (controls.reestimate_batch_norm.astype(str) == "False")
+        & controls[["activation_bits", "layers", "rounding", "reconstruction", "perturbation"]].isna().all(axis=1)
+    ]  # fmt: skip
+    learned = controls[(controls.reconstruction == "adaround") & (controls.weight_bits == 2)]
+    full, nearest, learned = (
+        rows.groupby("model").top1.mean()
+        for rows in (plainly[plainly.weight_bits.isna()], plainly[plainly.weight_bits == 2], learned)
+    )
+    share = 100 * (learned - nearest) / (full - nearest)
+    assert f"back {share.resnet20:.0f} and {share.mobilenet_v2_050:.0f} % of what nearest" in lines[6]
     tried = pd.read_csv(copied / "figures" / "fig_3c_targets.csv").query("w_bits == 2 and arm == 'kure'")
     ours = tried.groupby(tried.series.astype(float)).top1.mean()
     ahead = (ours[1.8] - ours)[ours.index > 1.8]
@@ -75,15 +89,15 @@ def test_the_numbers_are_those_of_the_results(copied):
     spared = pd.read_csv(copied / "figures" / "20_spared.csv").query(
         "error == 'sums in 10 bits' and pipeline == 'plain'"
     )
-    assert f"KURE loses {-spared.gain.sum() / len(spared):.0f} points more than its control" in lines[6]
+    assert f"KURE loses {-spared.gain.sum() / len(spared):.0f} points more than its control" in lines[7]
     natural = pd.read_csv(copied / "figures" / "17_pipelines.csv").query("pipeline == 'plain' and arm != 'pretrained'")
     arms = natural.pivot(index=["w_bits", "seed"], columns="arm", values="top1")
     gains = (arms.kure - arms.control).groupby("w_bits").mean()
-    assert f"gains {gains.min():.1f} to {gains.max():.1f} points with plain steps" in lines[7]
+    assert f"gains {gains.min():.1f} to {gains.max():.1f} points with plain steps" in lines[8]
     vit = pd.read_csv(copied / "figures" / "transformer_gain.csv").query("case == 'plain' and setting == '2/FP'")
     lost = pd.read_csv(copied / "figures" / "transformer_activations.csv")
     lost = lost.query("case == 'plain' and setting == '2/FP' and arm == 'control'").lost
-    assert f"{lost.sum() / len(lost):.1f} points, of which KURE saves {vit.gain.sum() / len(vit):.1f}" in lines[8]
+    assert f"{lost.sum() / len(lost):.1f} points, of which KURE saves {vit.gain.sum() / len(vit):.1f}" in lines[9]
 
 
 def test_a_sentence_about_another_verdict_is_refused(copied):
