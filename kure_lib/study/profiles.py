@@ -162,7 +162,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
     "quick": (
         _with(SMALL_RESNET, {"epochs": 4, **FEW}, {"epochs": 3, **FEW}, targets=(3.0,), coefficients=(0.1,),
               quantizers=(("dorefa 4/4", 1),), quantized_tuning={"epochs": 1}),
-        _with(SMALL_MOBILENET, {"epochs": 4, "learning_rate": 0.1, **FEW}, {"epochs": 3, **FEW}),
+        _with(SMALL_MOBILENET, {"epochs": 4, "learning_rate": 0.05, **FEW}, {"epochs": 3, **FEW}),
     ),
     "study": (
         _with(SMALL_RESNET, seeds=5, target_seeds=5, coefficient_seeds=3, scratch_seeds=1, activation_seeds=5, **SWEEP,
