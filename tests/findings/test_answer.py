@@ -79,6 +79,10 @@ def test_the_numbers_are_those_of_the_results(copied):
     )
     share = 100 * (learned - nearest) / (full - nearest)
     assert f"back {share.resnet20:.0f} and {share.mobilenet_v2_050:.0f} % of what nearest" in lines[6]
+    rounded = everything[(everything.part == "main") & (everything.reconstruction == "adaround")]
+    tops = rounded.pivot(index=["model", "weight_bits", "seed"], columns="arm", values="top1")
+    added = (tops.kure - tops.control).groupby(["model", "weight_bits"]).mean()
+    assert len(added) == 2 * 3 and f"KURE adds {added.max():.1f} points on average at most" in lines[6]
     tried = pd.read_csv(copied / "figures" / "fig_3c_targets.csv").query("w_bits == 2 and arm == 'kure'")
     ours = tried.groupby(tried.series.astype(float)).top1.mean()
     ahead = (ours[1.8] - ours)[ours.index > 1.8]
