@@ -256,8 +256,10 @@ def _without_noise(executed: Path, boxed: bool) -> str:
     into a block quote that says so.
     """
     import nbformat
+    from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
     notebook = nbformat.read(executed, as_version=4)
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})  # a slow kernel prints in several pieces
     notebook.metadata.get("language_info", {}).pop("version", None)
     for part in (notebook, *notebook.cells):
         part.metadata.pop("papermill", None)

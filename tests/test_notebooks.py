@@ -6,6 +6,7 @@ import re
 import shutil
 from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from statistics import median
 
 import nbformat
@@ -103,6 +104,8 @@ def test_it_bears_no_trace_of_a_machine(stem):
     assert not [each for each in metadata if {"papermill", "execution"} & set(each)]
     text = re.sub(r'"image/png": "[^"]*"', "", json.dumps(book))
     assert not re.findall(r"/(?:root|home|Users|tmp|work)/[\w./-]*", text)
+    streams = [[output.get("name") for output in cell.outputs] for cell in code(stem)]
+    assert not [pair for names in streams for pair in pairwise(names) if pair == ("stdout", "stdout")]
 
 
 def test_its_links_lead_somewhere(stem):

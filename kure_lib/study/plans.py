@@ -12,7 +12,7 @@ from kure_lib import progress
 from kure_lib.paths import check_known, gpus_per_run, use_profile
 from kure_lib.quantization.spec import QuantizationSpec
 from kure_lib.study import runs
-from kure_lib.study.profiles import NEEDS, PROFILES, TUNING_SIZE, Contender, Recipe
+from kure_lib.study.profiles import KEPT_SEEDS, NEEDS, PROFILES, TUNING_SIZE, Contender, Recipe
 from kure_lib.study.records import Record, find
 from kure_lib.training.configs import KureConfig, QatConfig, RivalConfig, RunConfig
 
@@ -32,7 +32,7 @@ ASIDE = (
     "group_norm",
     "transformer",
 )  # parts with arms that others have, too
-CHOICES = ("model", "arm", "part", "seed", "target", "coefficient", "quantizer")
+CHOICES = ("model", "arm", "part", "seed", "target", "coefficient", "quantizer", "kept")
 FEW = 3  # evaluations that are made without a word
 COLUMNS = (
     "model", "arm", "target", "coefficient", "quantizer", "seed", "w_bits", "a_bits", "bits", "grid", "step_ratio",
@@ -57,6 +57,11 @@ class Planned:
     def quantizer(self) -> str:
         """The quantizer of quantization-aware training, as in `Recipe.quantizers`; empty for full precision."""
         return self.config.quantization.name if self.config.quantization else ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is of the seeds whose weights are committed, so that what is computed from weights is theirs."""
+        return self.seed < (KEPT_SEEDS if self.part == "main" and self.config.start else 1)
 
     @property
     def setting(self) -> str:
@@ -107,8 +112,8 @@ class Plan:
         tuning, of other schedules and lengths, and on natural images are selected only by their `part`.
 
         Args:
-            **wanted: Any of model, arm, part, seed, target (K_T), coefficient (λ) and quantizer; the quantizer is that
-                of quantization-aware training, and without one the run is trained in full precision.
+            **wanted: Any of model, arm, part, seed, target (K_T), coefficient (λ), quantizer and kept; the quantizer is
+                that of quantization-aware training, and without one the run is trained in full precision.
 
         Raises:
             KureError: A choice or one of its values does not exist.

@@ -5,6 +5,7 @@ from typing import Any
 
 DECAYS = (1, 5, 25)  # times the weight decay of the recipe
 TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
+KEPT_SEEDS = 5  # of control and KURE of which the weights are committed; of other arms those of one seed are
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ PROFILES: dict[str, tuple[Recipe, ...]] = {
         _with(SMALL_MOBILENET, {"epochs": 4, "learning_rate": 0.05, **FEW}, {"epochs": 3, **FEW}),
     ),
     "study": (
-        _with(SMALL_RESNET, seeds=5, target_seeds=5, coefficient_seeds=3, scratch_seeds=1, activation_seeds=5, **SWEEP,
+        _with(SMALL_RESNET, seeds=10, target_seeds=5, coefficient_seeds=3, scratch_seeds=1, activation_seeds=5, **SWEEP,
               contenders=CONTENDERS, rival_seeds=5, held_out=10_000, schedules=SCHEDULES, schedule_seeds=2,
               lengths=(60,), length_seeds=4,
               quantizers=(("dorefa 4/4", 5), ("lsq 4/4", 5), ("dorefa 3/3", 1), ("lsq 3/3", 1), ("dorefa 5/8", 1),

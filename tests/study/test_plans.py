@@ -25,7 +25,7 @@ def test_the_profiles_have_the_runs_of_the_design():
     assert counts == {
         "smoke": (3 + 1 + 1 + 2 * 2 + 1 + 1) + (3 + 1) + 5 + 2 + 3 + 3 + 3,
         "quick": (3 + 1 + 1 + 2) + 3,
-        "study": (5 * 3 + 5 * 6 + 3 * 4 + 2 * (2 * 5 + 6) + 5 + 1)
+        "study": (10 * 3 + 5 * 6 + 3 * 4 + 2 * (2 * 5 + 6) + 5 + 1)
         + (5 * 3 + 4 + 2 * 2 + 9)
         + rivals
         + 3 * 3
@@ -36,9 +36,9 @@ def test_the_profiles_have_the_runs_of_the_design():
         "large": (3 * 3 + 4 + 2 * 2 * 3 + 3 * 3) + 3 * 3,
     }
     main = {arm: len(plan("study").select(arm=arm, part="main")) for arm in ("pretrained", "control", "kure")}
-    assert main == {"pretrained": 10, "control": 10, "kure": 10}
+    assert main == {"pretrained": 15, "control": 15, "kure": 15}
     assert plan("study").models == ["resnet20", "mobilenet_v2_050"]
-    assert {run.seed for run in plan("study").select(model="resnet20")} == set(range(5))
+    assert {run.seed for run in plan("study").select(model="resnet20")} == set(range(10))
     assert {run.seed for run in plan("study").select(model="mobilenet_v2_050")} == set(range(5))
 
 
@@ -164,7 +164,9 @@ def test_selecting_kure_means_the_papers_setting_unless_one_is_named():
     assert swept.config.regularizer == KureConfig(target=3.0) and swept.model == "resnet20"
     found = planned.select(arm="kure", coefficient=0.1, seed=0)
     assert [run.model for run in found] == ["resnet20", "mobilenet_v2_050"]
-    assert [run.seed for run in planned.select(model="resnet20", arm="control")] == [0, 1, 2, 3, 4]
+    assert [run.seed for run in planned.select(model="resnet20", arm="control")] == list(range(10))
+    assert [run.seed for run in planned.select(model="resnet20", arm="control", kept=True)] == [0, 1, 2, 3, 4]
+    assert [run.seed for run in planned.select(model="resnet20", arm="pretrained", part="main", kept=True)] == [0]
     assert len(planned.select(part="target", arm="kure")) == 5 * 6
     assert planned.select(arm="kure", target=7.5) == []
     assert planned.select() == [run for run in planned.runs if not run.quantizer and run.part not in ASIDE]
@@ -221,7 +223,7 @@ def test_opening_a_profile_makes_it_the_ambient_one(results_folder):
         ({"arm": ["control", "kurre"]}, "Unknown arm 'kurre'"),
         ({"part": "mian"}, "Unknown part 'mian': .*main"),
         ({"model": "resnet"}, "Unknown model 'resnet': .*resnet20, mobilenet_v2_050"),
-        ({"seed": 9}, "Unknown seed 9: .*0, 1, 2, 3, 4"),
+        ({"seed": 99}, "Unknown seed 99: .*0, 1, 2, 3, 4"),
         ({"quantizer": "lsq 9/9"}, "Unknown quantizer 'lsq 9/9': .*lsq 4/4"),
         ({"modle": "resnet20"}, "Unknown choice 'modle': .*model"),
     ],
