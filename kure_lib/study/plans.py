@@ -61,7 +61,7 @@ class Planned:
     @property
     def kept(self) -> bool:
         """Whether it is of the seeds whose weights are committed, so that what is computed from weights is theirs."""
-        return self.seed < (KEPT_SEEDS if self.part == "main" and self.config.start else 1)
+        return self.seed < (KEPT_SEEDS.get(self.part, 1) if self.config.start else 1)
 
     @property
     def setting(self) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 DECAYS = (1, 5, 25)  # times the weight decay of the recipe
 TUNING_SIZE = 25_000  # images that a contender is trained on while it is tuned
-KEPT_SEEDS = 5  # of control and KURE of which the weights are committed; of other arms those of one seed are
+KEPT_SEEDS = {"main": 5, "activations": 3}  # fine-tuned, whose weights are committed; of all else those of seed 0 are
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,7 @@ def test_selecting_kure_means_the_papers_setting_unless_one_is_named():
     assert [run.seed for run in planned.select(model="resnet20", arm="control")] == list(range(10))
     assert [run.seed for run in planned.select(model="resnet20", arm="control", kept=True)] == [0, 1, 2, 3, 4]
     assert [run.seed for run in planned.select(model="resnet20", arm="pretrained", part="main", kept=True)] == [0]
+    assert [run.seed for run in planned.select(arm="activations", kept=True)] == [0, 1, 2]
     assert len(planned.select(part="target", arm="kure")) == 5 * 6
     assert planned.select(arm="kure", target=7.5) == []
     assert planned.select() == [run for run in planned.runs if not run.quantizer and run.part not in ASIDE]
